@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The command line: one enum variant a subcommand, each handed to its module.
+//!
+//! A subcommand that is not there yet says so and fails; it never pretends.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "fuse-restart", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Mount, keep the descriptor, start the server and start it again whenever it dies
+    Keep,
+    /// Be a reference server
+    Serve,
+    /// Say how a kept mount is doing
+    Status,
+    /// Measure
+    Bench,
+    /// Show the main job: a workload whose server is killed again and again
+    Demo,
+    /// Run the scenarios against the running kernel
+    Scenario,
+}
+
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result: anyhow::Result<ExitCode> = match cli.command {
+        Command::Keep => not_yet("keep"),
+        Command::Serve => not_yet("serve"),
+        Command::Status => not_yet("status"),
+        Command::Bench => not_yet("bench"),
+        Command::Demo => not_yet("demo"),
+        Command::Scenario => not_yet("scenario"),
+    };
+    result.unwrap_or_else(|e| {
+        eprintln!("fuse-restart: {e:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn not_yet(what: &str) -> anyhow::Result<ExitCode> {
+    anyhow::bail!("`{what}` is not there yet")
+}
