@@ -17,11 +17,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Mount, keep the descriptor, start the server and start it again whenever it dies
-    Keep,
+    Keep(crate::keep::Args),
     /// Be a reference server
     Serve,
     /// Say how a kept mount is doing
-    Status,
+    Status(crate::status::Args),
     /// Measure
     Bench,
     /// Show the main job: a workload whose server is killed again and again
@@ -33,9 +33,9 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result: anyhow::Result<ExitCode> = match cli.command {
-        Command::Keep => not_yet("keep"),
+        Command::Keep(args) => crate::keep::run(args),
         Command::Serve => not_yet("serve"),
-        Command::Status => not_yet("status"),
+        Command::Status(args) => crate::status::run(args),
         Command::Bench => not_yet("bench"),
         Command::Demo => not_yet("demo"),
         Command::Scenario => not_yet("scenario"),

@@ -2,16 +2,20 @@
 //! `fuse-restart`: keep a FUSE mount alive while its server dies and comes back.
 
 mod cli;
+mod fusectl;
+mod keep;
+mod status;
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_default_env()
-                .unwrap_or_else(|_| "info".into()),
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
         )
         .with_writer(std::io::stderr)
+        // Its report of an error would panic on a closed stderr; the keeper must outlive its terminal.
+        .log_internal_errors(false)
         .init();
     cli::main()
 }

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: GPL-2.0
+//! `fuse-restart keep`: mounts, keeps the descriptor, and sees that a server serves it.
+//!
+//! The order that matters when a server dies: kill what is left of it, wait until that is *gone*, only then tell the
+//! kernel, then start the next one.  [`supervisor`] is that order; everything else here is a part of it:
+//!
+//! * [`mount`]: the mount and its checks; [`busy`]: who keeps it from being unmounted;
+//! * [`spawn`]: one instance with its descriptors; [`remains`]: what it may leave behind;
+//! * [`tell`]: the notification; [`backoff`]: when to start the next one, and when to stop trying;
+//! * [`events`], [`status_file`]: what others can see of it.
+
+pub mod backoff;
+pub mod busy;
+pub mod events;
+pub mod mount;
+pub mod remains;
+pub mod spawn;
+pub mod status_file;
+mod supervisor;
+mod tell;
+mod unmounter;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Mount, keep the descriptor, start the server, and start it again whenever it dies.
+#[derive(clap::Args, Debug)]
+#[command(after_long_help = "\
+The server is started with the /dev/fuse descriptor and a memfd for its state, in the way of systemd's socket
+activation: LISTEN_FDS=2, LISTEN_FDNAMES=fusedev:fusestate, LISTEN_PID.  When it dies, what is left of it is killed,
+the kernel is told (FUSE_NOTIFY_RESTARTED; FUSE_NOTIFY_RESEND on kernels that do not know it), and it is started
+again; applications wait meanwhile, and go on.
+
+Signals:
+  SIGTERM, SIGINT  unmount, then stop the server.  If the mount is in use, says by whom and goes on serving;
+                   a second one unmounts lazily and stops
+  SIGHUP           planned restart: SIGTERM to the server, then the next instance
+  SIGUSR1          hold restarts back: when the server ends (or if it is down now), applications wait
+  SIGUSR2          restart again
+
+Example:
+  fuse-restart keep --mountpoint /mnt -- fuse-restart serve passthrough /srv/data &
+  fuse-restart status /mnt")]
+pub struct Args {
+    /// An existing directory on which nothing is mounted
+    #[arg(long, value_name = "DIR")]
+    pub mountpoint: PathBuf,
+
+    /// Pause before the server is started again; doubles (up to 10 s) while restarts come to nothing
+    #[arg(long, value_name = "MS", default_value_t = 0)]
+    pub restart_delay: u64,
+
+    /// Give up after this many restarts in a row without progress: unmount, and fail
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    pub max_restarts: u32,
+
+    /// An instance that served this long has made progress
+    #[arg(long, value_name = "MS", default_value_t = 1000)]
+    pub stable_after: u64,
+
+    /// Append what happens to FILE, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+
+    /// What the mount table shows as the source (default: the server's name)
+    #[arg(long, value_name = "NAME")]
+    pub fsname: Option<OsString>,
+
+    /// Let users other than the one who mounts use the file system
+    #[arg(long)]
+    pub allow_other: bool,
+
+    /// The server and its arguments
+    #[arg(last = true, required = true, value_name = "SERVER")]
+    pub server: Vec<OsString>,
+}
+
+impl Args {
+    fn backoff(&self) -> backoff::Backoff {
+        backoff::Backoff::new(
+            Duration::from_millis(self.restart_delay),
+            self.max_restarts,
+            Duration::from_millis(self.stable_after),
+        )
+    }
+}
+
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    supervisor::Supervisor::set_up(&args)?.run()
+}

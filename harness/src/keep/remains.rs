@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Kills what a dead server left behind, and knows when it is really gone.
+//!
+//! Two live instances on one descriptor steal each other's messages, so not one thread of the old one may be alive
+//! when the kernel is told. Three nets, each with holes that the others close: the cgroup (atomic, catches all, but
+//! not every machine lets us make one), the process group (a daemon leaves it), and parentage: the keeper is a
+//! "child subreaper", so whatever the server forked becomes the keeper's own child once its parents are dead.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::signal::{kill, killpg, Signal};
+use nix::sys::wait::{waitid, waitpid, Id, WaitPidFlag, WaitStatus};
+use nix::unistd::Pid;
+
+use super::mount;
+
+/// Everything that descends from a server this keeper started.
+pub struct Remains {
+    cgroup: Option<Cgroup>,
+    /// Are orphans our children? Not if we were started with children that are none of our business.
+    subreaper: bool,
+}
+
+impl Remains {
+    pub fn new() -> Self {
+        let childless = waitid(
+            Id::All,
+            WaitPidFlag::WNOHANG | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT,
+        ) == Err(Errno::ECHILD);
+        // SAFETY: plain prctl without pointers.
+        let subreaper =
+            childless && unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) } == 0;
+        Self {
+            cgroup: Cgroup::create().ok(),
+            subreaper,
+        }
+    }
+
+    /// Where the child announces itself.
+    pub fn cgroup_procs(&self) -> Option<BorrowedFd<'_>> {
+        self.cgroup.as_ref().map(|c| c.procs.as_fd())
+    }
+
+    pub fn describe(&self) -> &'static str {
+        match (&self.cgroup, self.subreaper) {
+            (Some(_), true) => "cgroup, process group, parentage",
+            (Some(_), false) => "cgroup, process group",
+            (None, true) => "process group, parentage",
+            (None, false) => "process group",
+        }
+    }
+
+    /// SIGKILL to all of it. To be repeated until `gone`: what is killed may have forked in the meantime.
+    pub fn kill(&self, group: Pid) {
+        if let Some(cgroup) = &self.cgroup {
+            let _ = cgroup.kill();
+        }
+        let _ = killpg(group, Signal::SIGKILL);
+        if self.subreaper {
+            for child in children_of(Pid::this()) {
+                let _ = kill(child, Signal::SIGKILL);
+            }
+        }
+    }
+
+    /// Reaps what has died. True when nothing is left, not even a process that is still on its way out.
+    pub fn gone(&self, group: Pid) -> bool {
+        let childless = loop {
+            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) => break false,
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(_) => break true,
+            }
+        };
+        let group_gone = killpg(group, None) == Err(Errno::ESRCH);
+        group_gone
+            && (childless || !self.subreaper)
+            && !self.cgroup.as_ref().is_some_and(Cgroup::populated)
+    }
+
+    /// Reaps orphans of a server that lives: it may run for years, and they are ours.
+    pub fn reap_strays(server: Pid) {
+        let peek = WaitPidFlag::WNOHANG | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        while let Ok(status) = waitid(Id::All, peek) {
+            match status.pid() {
+                Some(pid) if pid != server => drop(waitpid(pid, None)),
+                // The server itself: its death has an order of its own. None: nobody.
+                _ => break,
+            }
+        }
+    }
+
+    /// Who is left, for a message.
+    pub fn left(&self, group: Pid) -> Vec<Pid> {
+        let mut pids = self.cgroup.as_ref().map(Cgroup::pids).unwrap_or_default();
+        if self.subreaper {
+            pids.extend(children_of(Pid::this()));
+        }
+        pids.extend(processes().filter(|p| p.group == group).map(|p| p.pid));
+        pids.sort();
+        pids.dedup();
+        pids
+    }
+}
+
+struct Cgroup {
+    dir: PathBuf,
+    procs: File,
+}
+
+impl Cgroup {
+    /// Below our own one, in the unified hierarchy.
+    fn create() -> io::Result<Self> {
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let own = fs::read_to_string("/proc/self/cgroup")?;
+        let own = own
+            .lines()
+            .find_map(|l| l.strip_prefix("0::"))
+            .ok_or_else(missing)?;
+        let hierarchy = mount::mount_table()?
+            .into_iter()
+            .find(|m| m.fstype == "cgroup2")
+            .ok_or_else(missing)?;
+        // A container may see a part of the hierarchy only, with our own group above it.
+        let below = Path::new(own)
+            .strip_prefix(&hierarchy.root)
+            .map_err(|_| missing())?;
+        if below
+            .components()
+            .any(|c| matches!(c, std::path::Component::ParentDir))
+        {
+            return Err(missing());
+        }
+        let dir = hierarchy
+            .mountpoint
+            .join(below)
+            .join(format!("fuse-restart-{}", std::process::id()));
+        fs::create_dir(&dir)?;
+        let opened = OpenOptions::new()
+            .write(true)
+            .open(dir.join("cgroup.procs"));
+        if opened.is_err() || !dir.join("cgroup.kill").exists() {
+            let _ = fs::remove_dir(&dir);
+        }
+        Ok(Self {
+            procs: opened?,
+            dir,
+        })
+    }
+
+    fn kill(&self) -> io::Result<()> {
+        OpenOptions::new()
+            .write(true)
+            .open(self.dir.join("cgroup.kill"))?
+            .write_all(b"1")
+    }
+
+    fn populated(&self) -> bool {
+        fs::read_to_string(self.dir.join("cgroup.events"))
+            .is_ok_and(|t| t.lines().any(|l| l == "populated 1"))
+    }
+
+    fn pids(&self) -> Vec<Pid> {
+        let text = fs::read_to_string(self.dir.join("cgroup.procs")).unwrap_or_default();
+        text.lines()
+            .filter_map(|l| l.parse().ok())
+            .map(Pid::from_raw)
+            .collect()
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.dir);
+    }
+}
+
+struct Process {
+    pid: Pid,
+    parent: Pid,
+    group: Pid,
+}
+
+fn children_of(parent: Pid) -> Vec<Pid> {
+    processes()
+        .filter(|p| p.parent == parent)
+        .map(|p| p.pid)
+        .collect()
+}
+
+fn processes() -> impl Iterator<Item = Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|e| {
+        let pid: i32 = e.file_name().to_str()?.parse().ok()?;
+        parse_stat(pid, &fs::read(e.path().join("stat")).ok()?)
+    })
+}
+
+/// `pid (name) state ppid pgrp ...`, where the name may hold anything, parentheses included.
+fn parse_stat(pid: i32, stat: &[u8]) -> Option<Process> {
+    let after_name = stat.iter().rposition(|b| *b == b')')? + 1;
+    let rest = std::str::from_utf8(&stat[after_name..]).ok()?;
+    let mut fields = rest.split_whitespace().skip(1);
+    let mut next = || fields.next()?.parse().ok().map(Pid::from_raw);
+    Some(Process {
+        pid: Pid::from_raw(pid),
+        parent: next()?,
+        group: next()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stat_lines() {
+        let p = parse_stat(7, b"7 (a) b) (c) S 1 42 42 0 -1").unwrap();
+        assert_eq!((p.parent, p.group), (Pid::from_raw(1), Pid::from_raw(42)));
+        assert!(parse_stat(7, b"7 (x").is_none());
+        assert!(parse_stat(7, b"7 (x) S").is_none());
+    }
+
+    #[test]
+    fn we_are_a_child_of_our_parent() {
+        assert!(children_of(Pid::parent()).contains(&Pid::this()));
+    }
+}

@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Starts one instance of the server with the descriptors it is to adopt (the `LISTEN_FDS` protocol).
+//!
+//! `LISTEN_PID` must be the pid of the process that reads it, which only exists after fork(2), where nothing may be
+//! allocated any more. So the environment is built before, with room for the digits, and the child fills them in.
+
+use std::ffi::{CString, OsStr, OsString};
+use std::io::Read;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::time::Instant;
+
+use anyhow::{anyhow, Context, Result};
+use nix::fcntl::OFlag;
+use nix::sys::wait::waitpid;
+use nix::unistd::{fork, pipe2, ForkResult, Pid};
+
+/// As sd_listen_fds(3) has it: the first descriptor handed on.
+const FIRST_FD: RawFd = 3;
+const FD_NAMES: &str = "LISTEN_FDNAMES=fusedev:fusestate";
+const PID_KEY: &str = "LISTEN_PID=";
+const PID_DIGITS: usize = 10;
+
+/// A running (or dead, not yet reaped) server.
+#[derive(Debug)]
+pub struct Instance {
+    pub pid: Pid,
+    pub pidfd: OwnedFd,
+    pub started: Instant,
+}
+
+/// The command line of the server, ready for execvp(3).
+pub struct Program {
+    argv: Vec<CString>,
+}
+
+impl Program {
+    pub fn new(words: &[OsString]) -> Result<Self> {
+        let argv = words
+            .iter()
+            .map(|w| {
+                CString::new(w.as_bytes())
+                    .map_err(|_| anyhow!("a NUL byte in the server's arguments"))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        if argv.is_empty() {
+            anyhow::bail!("no server given; name it after `--`");
+        }
+        Ok(Self { argv })
+    }
+
+    pub fn name(&self) -> String {
+        self.argv[0].to_string_lossy().into_owned()
+    }
+
+    /// Starts it in a process group (and cgroup, if one is given) of its own.
+    pub fn start(
+        &self,
+        device: BorrowedFd,
+        state: BorrowedFd,
+        cgroup_procs: Option<BorrowedFd>,
+    ) -> Result<Instance> {
+        let argv = null_terminated(&self.argv);
+        let (environment, pid_digits) = environment();
+        let envp = null_terminated(&environment);
+        // Tells us the errno when exec fails; closed by a successful exec.
+        let (failed, fail) = pipe2(OFlag::O_CLOEXEC).context("pipe for starting the server")?;
+
+        // SAFETY: the child only makes async-signal-safe calls until it execs or exits (see `child`).
+        match unsafe { fork() }.context("cannot fork the server")? {
+            ForkResult::Child => child(
+                &argv,
+                &envp,
+                pid_digits,
+                [device, state],
+                cgroup_procs,
+                &fail,
+            ),
+            ForkResult::Parent { child: pid } => {
+                drop(fail);
+                let mut errno = [0u8; 4];
+                let exec_failed = std::fs::File::from(failed).read_exact(&mut errno).is_ok();
+                if exec_failed {
+                    let _ = waitpid(pid, None);
+                    let error = std::io::Error::from_raw_os_error(i32::from_ne_bytes(errno));
+                    return Err(anyhow!(
+                        "cannot start the server {:?}: {error}; give its full path after `--`, and see that it is executable",
+                        self.name()
+                    ));
+                }
+                // Nobody has reaped the child, so the pid still names it, dead or alive.
+                Ok(Instance {
+                    pid,
+                    pidfd: pidfd_open(pid)?,
+                    started: Instant::now(),
+                })
+            }
+        }
+    }
+}
+
+fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
+    // SAFETY: plain system call; a descriptor that it returns is new and ours (and always close-on-exec).
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    if fd < 0 {
+        let e = std::io::Error::last_os_error();
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        let _ = waitpid(pid, None);
+        return Err(anyhow!(
+            "pidfd_open of the server (pid {pid}): {e}; the keeper needs Linux 5.3 or later"
+        ));
+    }
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Our environment without what a keeper above us handed *us*, plus the protocol; and where the pid's digits go.
+fn environment() -> (Vec<CString>, *mut u8) {
+    let ours = |name: &OsStr| name.as_bytes().starts_with(b"LISTEN_");
+    let mut vars: Vec<CString> = std::env::vars_os()
+        .filter(|(name, _)| !ours(name))
+        .filter_map(|(name, value)| {
+            CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok()
+        })
+        .collect();
+    vars.push(CString::new("LISTEN_FDS=2").expect("no NUL"));
+    vars.push(CString::new(FD_NAMES).expect("no NUL"));
+    let pid = CString::new(format!("{PID_KEY}{}", "0".repeat(PID_DIGITS))).expect("no NUL");
+    // The heap block of a CString does not move when the CString does.
+    let digits = pid
+        .as_ptr()
+        .cast_mut()
+        .cast::<u8>()
+        .wrapping_add(PID_KEY.len());
+    vars.push(pid);
+    (vars, digits)
+}
+
+fn null_terminated(strings: &[CString]) -> Vec<*const libc::c_char> {
+    strings
+        .iter()
+        .map(|s| s.as_ptr())
+        .chain([std::ptr::null()])
+        .collect()
+}
+
+/// Between fork and exec: no allocation, no lock, no panic.
+fn child(
+    argv: &[*const libc::c_char],
+    envp: &[*const libc::c_char],
+    pid_digits: *mut u8,
+    hand_on: [BorrowedFd; 2],
+    cgroup_procs: Option<BorrowedFd>,
+    fail: &OwnedFd,
+) -> ! {
+    // SAFETY: every call is async-signal-safe and every pointer was made before the fork by `start`, which still
+    // holds what they point to in this copy of the address space.
+    unsafe {
+        libc::setpgid(0, 0);
+        if let Some(procs) = cgroup_procs {
+            // If the cgroup refuses us, the process group and the parentage still find what is left of us.
+            libc::write(procs.as_raw_fd(), b"0".as_ptr().cast(), 1);
+        }
+        write_pid(pid_digits, libc::getpid());
+
+        // The keeper takes its signals from a signalfd: unblock them; Rust ignores SIGPIPE: undo that.
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+
+        // First out of the way of 3 and 4, then to them; dup2 clears close-on-exec. Nothing else is handed on.
+        let fail = libc::fcntl(fail.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 10);
+        let high = hand_on.map(|fd| libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 10));
+        let mut ok = fail >= 0;
+        for (i, fd) in high.into_iter().enumerate() {
+            ok = ok && fd >= 0 && libc::dup2(fd, FIRST_FD + i as RawFd) >= 0;
+        }
+        if ok {
+            // Descriptors that the keeper itself was started with; an old kernel without the call hands them on.
+            libc::syscall(
+                libc::SYS_close_range,
+                FIRST_FD + 2,
+                u32::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            );
+            libc::execvpe(argv[0], argv.as_ptr(), envp.as_ptr());
+        }
+        let errno = (*libc::__errno_location()).to_ne_bytes();
+        libc::write(fail, errno.as_ptr().cast(), errno.len());
+        libc::_exit(127)
+    }
+}
+
+/// Writes `pid` in decimal, NUL-terminated, over the `PID_DIGITS` zeros that were prepared.
+///
+/// # Safety
+/// `at` must point to `PID_DIGITS + 1` writable bytes.
+unsafe fn write_pid(at: *mut u8, pid: libc::pid_t) {
+    let mut divisor = 1_000_000_000;
+    let mut length = 0;
+    while divisor > 0 {
+        let digit = (pid / divisor % 10) as u8;
+        if digit != 0 || length > 0 || divisor == 1 {
+            // SAFETY: `length` is below PID_DIGITS, as there are ten divisors.
+            unsafe { *at.add(length) = b'0' + digit };
+            length += 1;
+        }
+        divisor /= 10;
+    }
+    // SAFETY: `length` is at most PID_DIGITS.
+    unsafe { *at.add(length) = 0 };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::{Seek, SeekFrom};
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn pids_in_decimal() {
+        for pid in [1, 10, 999, 32768, 4_194_304, i32::MAX] {
+            let mut room = [b'0'; PID_DIGITS + 1];
+            // SAFETY: the array has PID_DIGITS + 1 bytes.
+            unsafe { write_pid(room.as_mut_ptr(), pid) };
+            let text = std::ffi::CStr::from_bytes_until_nul(&room).unwrap();
+            assert_eq!(text.to_str().unwrap(), pid.to_string());
+        }
+    }
+
+    #[test]
+    fn the_child_gets_what_the_protocol_promises() {
+        // The child says its pid, its group, the variables and its open descriptors into "device" (a plain file here).
+        let mut device = tempfile::tempfile().unwrap();
+        let state = tempfile::tempfile().unwrap();
+        // A descriptor without close-on-exec, as a careless parent leaves them.
+        let leaked = tempfile::tempfile().unwrap();
+        // SAFETY: `leaked` is open.
+        let high = unsafe { libc::fcntl(leaked.as_raw_fd(), libc::F_DUPFD, 20) };
+        assert!(high >= 20);
+        let script = r#"{ echo "$$ $LISTEN_PID $LISTEN_FDS $LISTEN_FDNAMES"; ls -x -w 999 /proc/$$/fd; } >&3"#;
+        let program = Program::new(&["sh", "-c", script].map(OsString::from)).unwrap();
+        let instance = program.start(device.as_fd(), state.as_fd(), None).unwrap();
+        assert!(waitpid(instance.pid, None).is_ok());
+        // SAFETY: made above.
+        unsafe { libc::close(high) };
+
+        let mut said = String::new();
+        device.seek(SeekFrom::Start(0)).unwrap();
+        File::read_to_string(&mut device, &mut said).unwrap();
+        let pid = instance.pid;
+        let lines: Vec<_> = said.lines().collect();
+        assert_eq!(lines[0], format!("{pid} {pid} 2 fusedev:fusestate"));
+        let descriptors: Vec<u32> = lines[1]
+            .split_whitespace()
+            .map(|w| w.parse().unwrap())
+            .collect();
+        // sh may keep one of its own (the redirection's saved stdout) at 10 or above.
+        assert!(
+            descriptors.iter().all(|fd| *fd <= 4 || *fd == 10),
+            "handed on too many: {descriptors:?}"
+        );
+        assert!(
+            [0, 1, 2, 3, 4].iter().all(|fd| descriptors.contains(fd)),
+            "{descriptors:?}"
+        );
+    }
+
+    #[test]
+    fn a_missing_program_is_one_clear_error() {
+        let file = tempfile::tempfile().unwrap();
+        let program = Program::new(&["/no/such/server".into()]).unwrap();
+        let error = program
+            .start(file.as_fd(), file.as_fd(), None)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("/no/such/server") && error.contains("No such file"),
+            "{error}"
+        );
+    }
+}

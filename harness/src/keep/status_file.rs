@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The small file in which a keeper says how it is doing; `fuse-restart status` reads it.
+
+use std::fs::{self, DirBuilder};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::mount::escape;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    pub mountpoint: String,
+    pub keeper_pid: i32,
+    /// What the keeper does: `running`, `clearing` (killing remains), `waiting` (back-off), `paused` (SIGUSR1),
+    /// `unmounting`.
+    pub keeper_state: String,
+    /// None while no instance runs.
+    pub server_pid: Option<i32>,
+    pub server_command: String,
+    /// Instances started after the first.
+    pub restarts: u64,
+    /// Deaths of instances, planned ones included.
+    pub deaths: u64,
+    /// How the last instance ended.
+    pub last_exit: Option<String>,
+    /// The directory in `/sys/fs/fuse/connections`.
+    pub connection: u32,
+    /// What the kernel was told last: `restarted`, `resent`, `refused`; none before the first death.
+    pub last_notification: Option<String>,
+}
+
+/// Where status files are looked for, the best place first. A keeper writes to the first that it can.
+pub fn directories() -> Vec<PathBuf> {
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|d| !d.is_empty());
+    let mut dirs: Vec<PathBuf> = runtime
+        .iter()
+        .map(|d| Path::new(d).join("fuse-restart"))
+        .collect();
+    dirs.push("/run/fuse-restart".into());
+    dirs.push(format!("/tmp/fuse-restart-{}", nix::unistd::geteuid()).into());
+    dirs
+}
+
+pub fn file_name(mountpoint: &Path) -> String {
+    format!("{}.json", escape(mountpoint))
+}
+
+/// Writes and at the end removes one status file.
+pub struct StatusFile {
+    path: PathBuf,
+}
+
+impl StatusFile {
+    pub fn create(mountpoint: &Path) -> io::Result<Self> {
+        let mut last = io::Error::from(io::ErrorKind::NotFound);
+        for dir in directories() {
+            match private_directory(&dir) {
+                Ok(()) => {
+                    return Ok(Self {
+                        path: dir.join(file_name(mountpoint)),
+                    })
+                }
+                Err(e) => last = io::Error::new(e.kind(), format!("{}: {e}", dir.display())),
+            }
+        }
+        Err(last)
+    }
+
+    /// Atomic: a reader sees the old or the new one.
+    pub fn write(&self, status: &Status) -> io::Result<()> {
+        let fresh = self.path.with_extension("new");
+        let mut file = fs::File::create(&fresh)?;
+        serde_json::to_writer(&mut file, status)?;
+        file.write_all(b"\n")?;
+        fs::rename(&fresh, &self.path)
+    }
+}
+
+impl Drop for StatusFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Makes the directory, or accepts the one that is there if nobody else could have prepared it for us (`/tmp`).
+fn private_directory(dir: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o755).create(dir) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+        _ => {}
+    }
+    let found = fs::symlink_metadata(dir)?;
+    if !found.is_dir()
+        || found.uid() != nix::unistd::geteuid().as_raw()
+        || found.mode() & 0o022 != 0
+    {
+        return Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "not a directory of our own",
+        ));
+    }
+    // A read-only /run shows only now.
+    let probe = dir.join(format!(".{}", std::process::id()));
+    fs::write(&probe, b"")?;
+    fs::remove_file(&probe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn only_our_own_directory_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let fine = dir.path().join("fine");
+        private_directory(&fine).unwrap();
+        private_directory(&fine).unwrap();
+        let open = dir.path().join("open");
+        fs::create_dir(&open).unwrap();
+        fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(private_directory(&open).is_err());
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&fine, &link).unwrap();
+        assert!(private_directory(&link).is_err());
+    }
+
+    #[test]
+    fn written_whole_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = StatusFile {
+            path: dir.path().join("s.json"),
+        };
+        let status = Status {
+            mountpoint: "/m".into(),
+            keeper_pid: 1,
+            keeper_state: "running".into(),
+            server_pid: Some(2),
+            server_command: "x".into(),
+            restarts: 3,
+            deaths: 3,
+            last_exit: None,
+            connection: 4,
+            last_notification: None,
+        };
+        file.write(&status).unwrap();
+        let read: Status = serde_json::from_slice(&fs::read(&file.path).unwrap()).unwrap();
+        assert_eq!(read, status);
+        drop(file);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,705 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The keeper's one loop.
+//!
+//! It waits in poll(2) only, for a signal, the server's death (pidfd), the end of an unmount, or the next deadline,
+//! and never asks the mounted file system anything: that could wait for the server which only this loop can start.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, Context, Result};
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::memfd::{memfd_create, MFdFlags};
+use nix::sys::signal::{kill, SigSet, SigmaskHow, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::WaitStatus;
+use nix::unistd::Pid;
+use tracing::{error, info, warn};
+
+use super::backoff::{Backoff, Decision};
+use super::events::{Event, EventLog};
+use super::mount::{self, MountOptions};
+use super::remains::Remains;
+use super::spawn::{Instance, Program};
+use super::status_file::{Status, StatusFile};
+use super::tell::{self, Told};
+use super::unmounter::{How, Unmounter};
+use super::{busy, Args};
+use crate::fusectl;
+
+/// How long a server gets to end by itself when asked to.
+const GRACE: Duration = Duration::from_secs(10);
+/// How often a remainder that will not die is killed again.
+const KILL_AGAIN: Duration = Duration::from_millis(20);
+/// How long until we say that something will not die.
+const COMPLAIN_AFTER: Duration = Duration::from_secs(5);
+
+const HANDLED: [Signal; 6] = [
+    Signal::SIGTERM,
+    Signal::SIGINT,
+    Signal::SIGHUP,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGCHLD,
+];
+
+enum Phase {
+    Running(Instance),
+    /// The instance is dead; its remains are being killed.
+    Clearing {
+        dead: Dead,
+        since: Instant,
+        complained: bool,
+    },
+    /// No instance; the next one is due then. None: when somebody says so.
+    Waiting(Option<Instant>),
+}
+
+#[derive(Clone)]
+struct Dead {
+    pid: Pid,
+    status: WaitStatus,
+    lived: Duration,
+    /// Had it taken over, as far as anybody can tell?
+    was_serving: bool,
+}
+
+/// How the keeper ends.
+enum End {
+    Clean,
+    Failed(anyhow::Error),
+}
+
+pub struct Supervisor {
+    program: Program,
+    mountpoint: PathBuf,
+    options: MountOptions,
+    device: OwnedFd,
+    state: File,
+    connection: u32,
+    mounted: bool,
+    remains: Remains,
+    backoff: Backoff,
+    phase: Phase,
+    signals: SignalFd,
+    unmounter: Unmounter,
+    /// Requests to stop, so far.
+    stop_requests: u32,
+    paused: bool,
+    /// The running instance was asked to end: no failure when it does.
+    planned: bool,
+    /// ... and this is how long it may take.
+    kill_at: Option<Instant>,
+    log: EventLog,
+    status_file: Option<StatusFile>,
+    status: Status,
+}
+
+impl Supervisor {
+    /// Everything that can be wrong with the command line or the machine shows here, before or with the first start.
+    pub fn set_up(args: &Args) -> Result<Self> {
+        let program = Program::new(&args.server)?;
+        let mountpoint = mount::check_mountpoint(&args.mountpoint)?;
+        let log = EventLog::open(args.json.as_deref())?;
+        let signals = block_signals()?;
+        let device = mount::open_device()?;
+        let state = new_state()?;
+        if let Err(e) = fusectl::ensure_mounted() {
+            warn!("{e}; the keeper works without it, but `fuse-restart status` shows less");
+        }
+        let fsname = args.fsname.clone().unwrap_or_else(|| program.name().into());
+        let options = MountOptions {
+            fsname,
+            allow_other: args.allow_other,
+        };
+        // Whatever can fail comes before the mount.
+        let unmounter = Unmounter::new(mountpoint.clone())?;
+        let status_file = StatusFile::create(&mountpoint)
+            .inspect_err(|e| {
+                warn!("no status file: {e}; `fuse-restart status` will not find this mount")
+            })
+            .ok();
+        let connection = mount::mount_fuse(&device, &mountpoint, &options)?;
+        let status = Status {
+            mountpoint: mountpoint.display().to_string(),
+            keeper_pid: std::process::id() as i32,
+            keeper_state: "waiting".into(),
+            server_pid: None,
+            server_command: shell_words(&args.server),
+            restarts: 0,
+            deaths: 0,
+            last_exit: None,
+            connection,
+            last_notification: None,
+        };
+        let mut keeper = Self {
+            program,
+            unmounter,
+            mountpoint,
+            options,
+            device,
+            state,
+            connection,
+            mounted: true,
+            remains: Remains::new(),
+            backoff: args.backoff(),
+            phase: Phase::Waiting(None),
+            signals,
+            stop_requests: 0,
+            paused: false,
+            planned: false,
+            kill_at: None,
+            log,
+            status_file,
+            status,
+        };
+        keeper.log.write(Event::Mounted {
+            mountpoint: keeper.status.mountpoint.clone(),
+            connection,
+        });
+        // A first start that fails is a wrong command line, not a crash: no second try. Drop unmounts.
+        keeper.start()?;
+        info!(
+            "mounted {} (connection {connection}); what a dead server leaves is found by {}",
+            keeper.status.mountpoint,
+            keeper.remains.describe()
+        );
+        Ok(keeper)
+    }
+
+    pub fn run(mut self) -> Result<ExitCode> {
+        let end = loop {
+            match self.turn() {
+                Ok(None) => {}
+                Ok(Some(end)) => break end,
+                Err(e) => break End::Failed(e),
+            }
+        };
+        match end {
+            End::Clean => Ok(ExitCode::SUCCESS),
+            End::Failed(e) => Err(e),
+        }
+    }
+
+    fn turn(&mut self) -> Result<Option<End>> {
+        self.publish();
+        self.wait()?;
+        while let Some(signal) = self.signals.read_signal().context("reading the signalfd")? {
+            if let Some(end) = self.on_signal(signal.ssi_signo as i32)? {
+                return Ok(Some(end));
+            }
+        }
+        if let Some((how, result)) = self.unmounter.finished() {
+            self.on_unmounted(how, result);
+        }
+        self.on_time()
+    }
+
+    // ---- waiting ----
+
+    fn wait(&self) -> Result<()> {
+        let mut fds = vec![
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.unmounter.as_fd(), PollFlags::POLLIN),
+        ];
+        if let Phase::Running(instance) = &self.phase {
+            fds.push(PollFd::new(instance.pidfd.as_fd(), PollFlags::POLLIN));
+        }
+        let timeout = match self.next_deadline() {
+            None => PollTimeout::NONE,
+            Some(at) => {
+                let left = at.saturating_duration_since(Instant::now());
+                // Rounded up, or the last fraction of a millisecond would be a busy loop.
+                let ms = left.as_micros().div_ceil(1000);
+                PollTimeout::try_from(ms.min(3_600_000) as u32).expect("fits")
+            }
+        };
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(e) => Err(e).context("poll"),
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        match &self.phase {
+            Phase::Running(_) => self.kill_at,
+            Phase::Clearing { .. } => Some(Instant::now() + KILL_AGAIN),
+            Phase::Waiting(due) => *due,
+        }
+    }
+
+    // ---- what can happen ----
+
+    fn on_signal(&mut self, signal: i32) -> Result<Option<End>> {
+        match signal {
+            libc::SIGTERM | libc::SIGINT => self.on_stop_request()?,
+            libc::SIGHUP => match &self.phase {
+                Phase::Running(instance) => {
+                    info!("planned restart of the server (pid {})", instance.pid);
+                    let pid = instance.pid;
+                    self.ask_to_end(pid);
+                }
+                _ => info!("a restart is on its way already"),
+            },
+            libc::SIGUSR1 => {
+                info!("restarts are held back until SIGUSR2");
+                self.paused = true;
+                if let Phase::Waiting(due) = &mut self.phase {
+                    *due = None;
+                }
+            }
+            libc::SIGUSR2 => {
+                self.paused = false;
+                if let Phase::Waiting(due) = &mut self.phase {
+                    *due = Some(Instant::now());
+                }
+            }
+            // SIGCHLD: the remains of a dead instance are looked at in on_time.
+            _ => {
+                if let Phase::Running(instance) = &self.phase {
+                    Remains::reap_strays(instance.pid);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn on_time(&mut self) -> Result<Option<End>> {
+        let now = Instant::now();
+        if let Phase::Running(instance) = &self.phase {
+            if readable(&instance.pidfd) {
+                self.on_death()?;
+            } else if self.kill_at.is_some_and(|at| at <= now) {
+                warn!(
+                    "server (pid {}) did not end within {} s of being asked to: killing it",
+                    instance.pid,
+                    GRACE.as_secs()
+                );
+                let _ = kill(instance.pid, Signal::SIGKILL);
+                self.kill_at = None;
+            }
+        }
+        if let Phase::Clearing {
+            dead,
+            since,
+            complained,
+        } = &mut self.phase
+        {
+            let (dead, since) = (dead.clone(), *since);
+            if self.remains.gone(dead.pid) {
+                return self.on_cleared(dead, since);
+            }
+            if since.elapsed() > COMPLAIN_AFTER && !*complained {
+                *complained = true;
+                let left = self.remains.left(dead.pid);
+                warn!(
+                    "what is left of the dead server (pids {left:?}) will not die; it must, before another may start. \
+                     If it hangs in the kernel, /proc/PID/stack says where; SIGTERM twice gives the mount up"
+                );
+            }
+            self.remains.kill(dead.pid);
+        }
+        if let Phase::Waiting(Some(due)) = &self.phase {
+            if *due <= now {
+                return self.restart();
+            }
+        }
+        Ok(None)
+    }
+
+    /// The server is dead, as the pidfd says; what it forked may live.
+    fn on_death(&mut self) -> Result<()> {
+        let Phase::Running(instance) = &self.phase else {
+            return Ok(());
+        };
+        let (pid, lived) = (instance.pid, instance.started.elapsed());
+        self.remains.kill(pid);
+        let status = nix::sys::wait::waitpid(pid, None)
+            .with_context(|| format!("waiting for the server (pid {pid})"))?;
+        let recovery = fusectl::recovery(self.connection).ok().flatten();
+        let was_serving = recovery
+            .as_ref()
+            .is_none_or(|r| r.serving() || !r.supported());
+        self.status.deaths += 1;
+        self.status.server_pid = None;
+        self.status.last_exit = Some(describe(status));
+        self.log.write(Event::Died {
+            pid: pid.as_raw(),
+            status: describe(status),
+            lived_ns: lived.as_nanos() as u64,
+            recovery,
+        });
+        let dead = Dead {
+            pid,
+            status,
+            lived,
+            was_serving,
+        };
+        self.phase = Phase::Clearing {
+            dead,
+            since: Instant::now(),
+            complained: false,
+        };
+        Ok(())
+    }
+
+    /// Nothing of the dead instance is left.
+    fn on_cleared(&mut self, dead: Dead, since: Instant) -> Result<Option<End>> {
+        self.kill_at = None;
+        self.phase = Phase::Waiting(None);
+        if !self.mounted || mount::connection_gone(&self.device) {
+            return self.on_connection_gone(&dead);
+        }
+        let told = tell::server_died(&self.device, tell::state_in_use(&self.state));
+        self.log.write(Event::Cleared {
+            pid: dead.pid.as_raw(),
+            took_ns: since.elapsed().as_nanos() as u64,
+        });
+        self.on_told(told)?;
+        if !self.mounted {
+            return Ok(Some(End::Clean));
+        }
+        let ended = describe(dead.status);
+        let decision = if self.planned {
+            self.backoff.planned()
+        } else {
+            self.backoff.died(dead.lived, dead.was_serving)
+        };
+        match decision {
+            Decision::GiveUp(times) => {
+                let reason = format!(
+                    "the server ({}) came to nothing {times} times in a row, the last one (pid {}) {ended} after {:.1} s",
+                    self.program.name(),
+                    dead.pid,
+                    dead.lived.as_secs_f64()
+                );
+                Ok(Some(self.give_up(reason)))
+            }
+            Decision::StartAfter(pause) => {
+                if !self.planned {
+                    warn!(
+                        "server (pid {}) {ended}; next one in {} ms",
+                        dead.pid,
+                        pause.as_millis()
+                    );
+                }
+                let held_back = self.paused && self.stop_requests == 0;
+                self.log.write(Event::Waiting {
+                    delay_ns: (!held_back).then_some(pause.as_nanos() as u64),
+                });
+                self.phase = Phase::Waiting((!held_back).then(|| Instant::now() + pause));
+                Ok(None)
+            }
+        }
+    }
+
+    fn on_told(&mut self, told: Told) -> Result<()> {
+        let (how, error) = match told {
+            Told::Restarted => ("restarted", None),
+            Told::Resent => ("resent", None),
+            Told::Refused(e) => {
+                warn!("the kernel refused to be told of the server's death: {e}; the next server will say it again");
+                ("refused", Some(e.to_string()))
+            }
+            Told::NeverInitialised if self.stop_requests > 0 => {
+                self.take_mount_away();
+                return Ok(());
+            }
+            Told::NeverInitialised => {
+                return self.mount_afresh("the server died before it had answered INIT")
+            }
+        };
+        self.status.last_notification = Some(how.into());
+        self.log.write(Event::Notified {
+            how: how.into(),
+            error,
+        });
+        Ok(())
+    }
+
+    /// Unmounted, by us or from outside, or aborted.
+    fn on_connection_gone(&mut self, dead: &Dead) -> Result<Option<End>> {
+        if !self.mounted || !mount::still_mounted(&self.mountpoint, self.connection) {
+            if self.mounted {
+                self.mounted = false;
+                info!(
+                    "{} was unmounted from outside; nothing left to keep",
+                    self.status.mountpoint
+                );
+                self.log.write(Event::Unmounted {
+                    how: "from outside".into(),
+                });
+            }
+            return Ok(Some(End::Clean));
+        }
+        let reason = format!(
+            "the kernel's connection of {} was aborted (through {} or by a time limit), and the server {}: open files are lost; start the keeper again",
+            self.status.mountpoint,
+            fusectl::directory(self.connection).join("abort").display(),
+            describe(dead.status)
+        );
+        Ok(Some(self.give_up(reason)))
+    }
+
+    /// SIGTERM or SIGINT.
+    fn on_stop_request(&mut self) -> Result<()> {
+        self.stop_requests += 1;
+        if !self.mounted {
+            return Ok(());
+        }
+        if self.unmounter.running() {
+            // It waits for somebody, and whoever sends this does not want to.
+            return self.unmount_by_force();
+        }
+        // Writeback may need a server: do not keep one back.
+        self.paused = false;
+        if let Phase::Waiting(due @ None) = &mut self.phase {
+            *due = Some(Instant::now());
+        }
+        self.unmounter.start(if self.unmounter.was_busy() {
+            How::Lazily
+        } else {
+            How::Clean
+        });
+        Ok(())
+    }
+
+    fn unmount_by_force(&mut self) -> Result<()> {
+        match mount::unmount_by_force(&self.mountpoint) {
+            Ok(()) => self.unmounted("by force"),
+            Err(e) => error!("cannot unmount {} by force: {e}", self.status.mountpoint),
+        }
+        Ok(())
+    }
+
+    /// The unmounter has come to an end.
+    fn on_unmounted(&mut self, how: How, result: nix::Result<()>) {
+        match result {
+            Ok(()) => self.unmounted(how.name()),
+            // Somebody else was faster.
+            Err(Errno::EINVAL | Errno::ENOENT)
+                if !mount::still_mounted(&self.mountpoint, self.connection) =>
+            {
+                self.unmounted("from outside")
+            }
+            Err(Errno::EBUSY) => {
+                let holders = busy::holders(&self.mountpoint);
+                let list: Vec<_> = holders
+                    .iter()
+                    .map(|h| format!("{} ({}: {})", h.pid, h.name, h.how))
+                    .collect();
+                let who = match list.is_empty() {
+                    true => "by something that is no process (a mount below it, a loop device, another namespace: see findmnt and losetup)".into(),
+                    false => format!("by {}", list.join(", ")),
+                };
+                error!(
+                    "{} is busy, held {who}; still serving. End what uses it and send SIGTERM to {}, or send SIGTERM now to detach it under them",
+                    self.status.mountpoint,
+                    self.status.keeper_pid
+                );
+                self.log.write(Event::Busy {
+                    pids: holders.iter().map(|h| h.pid).collect(),
+                });
+            }
+            Err(e) => error!(
+                "cannot unmount {}: {e}; still serving",
+                self.status.mountpoint
+            ),
+        }
+    }
+
+    fn unmounted(&mut self, how: &str) {
+        if !std::mem::replace(&mut self.mounted, false) {
+            return;
+        }
+        self.log.write(Event::Unmounted { how: how.into() });
+        match how {
+            "clean" | "from outside" => info!("unmounted {} ({how})", self.status.mountpoint),
+            _ => warn!(
+                "unmounted {} {how}: whoever still has files open there gets errors from now on",
+                self.status.mountpoint
+            ),
+        }
+        match &self.phase {
+            Phase::Running(instance) => {
+                let pid = instance.pid;
+                self.ask_to_end(pid);
+            }
+            // on_time ends it through restart(): no server is wanted any more.
+            Phase::Waiting(_) => self.phase = Phase::Waiting(Some(Instant::now())),
+            Phase::Clearing { .. } => {}
+        }
+    }
+
+    // ---- what is done ----
+
+    fn start(&mut self) -> Result<()> {
+        let instance = self.program.start(
+            self.device.as_fd(),
+            self.state.as_fd(),
+            self.remains.cgroup_procs(),
+        )?;
+        self.log.write(Event::Started {
+            pid: instance.pid.as_raw(),
+            restarts: self.status.restarts,
+        });
+        info!("server started, pid {}", instance.pid);
+        self.status.server_pid = Some(instance.pid.as_raw());
+        self.phase = Phase::Running(instance);
+        self.planned = false;
+        self.kill_at = None;
+        Ok(())
+    }
+
+    fn restart(&mut self) -> Result<Option<End>> {
+        if !self.mounted {
+            return Ok(Some(End::Clean));
+        }
+        self.status.restarts += 1;
+        let Err(e) = self.start() else {
+            return Ok(None);
+        };
+        // A binary may be missing for a moment during an upgrade: an attempt that failed, like a crash.
+        self.log.write(Event::StartFailed {
+            error: format!("{e:#}"),
+        });
+        match self.backoff.died(Duration::ZERO, false) {
+            Decision::GiveUp(times) => Ok(Some(self.give_up(format!("{e:#} (attempt {times})")))),
+            Decision::StartAfter(pause) => {
+                warn!("{e:#}; trying again in {} ms", pause.as_millis());
+                self.phase = Phase::Waiting(Some(Instant::now() + pause));
+                Ok(None)
+            }
+        }
+    }
+
+    fn ask_to_end(&mut self, pid: Pid) {
+        let _ = kill(pid, Signal::SIGTERM);
+        self.planned = true;
+        self.kill_at = Some(Instant::now() + GRACE);
+    }
+
+    /// Nobody ever used the old mount: its first request was not answered. Who waits there gets an error.
+    fn mount_afresh(&mut self, reason: &str) -> Result<()> {
+        mount::unmount_by_force(&self.mountpoint).with_context(|| {
+            format!(
+                "{reason}, and taking its mount {} away failed",
+                self.status.mountpoint
+            )
+        })?;
+        self.mounted = false;
+        self.device = mount::open_device()?;
+        self.state = new_state()?;
+        self.connection = mount::mount_fuse(&self.device, &self.mountpoint, &self.options)?;
+        self.mounted = true;
+        self.status.connection = self.connection;
+        info!("{reason}: fresh mount, connection {}", self.connection);
+        self.log.write(Event::FreshMount {
+            connection: self.connection,
+            reason: reason.into(),
+        });
+        Ok(())
+    }
+
+    fn give_up(&mut self, reason: String) -> End {
+        self.log.write(Event::GaveUp {
+            reason: reason.clone(),
+        });
+        self.take_mount_away();
+        End::Failed(anyhow!(
+            "gave up: {reason}; {} is unmounted. What the server wrote to stderr is above; repair it and start the keeper again",
+            self.status.mountpoint
+        ))
+    }
+
+    fn take_mount_away(&mut self) {
+        if std::mem::replace(&mut self.mounted, false) {
+            match mount::unmount_by_force(&self.mountpoint) {
+                Ok(()) => self.log.write(Event::Unmounted {
+                    how: "by force".into(),
+                }),
+                Err(e) => error!(
+                    "cannot unmount {}: {e}; try: umount -l {0}",
+                    self.status.mountpoint
+                ),
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        let state = match &self.phase {
+            Phase::Running(_) if self.unmounter.running() => "unmounting",
+            Phase::Running(_) => "running",
+            Phase::Clearing { .. } => "clearing",
+            Phase::Waiting(None) => "paused",
+            Phase::Waiting(Some(_)) => "waiting",
+        };
+        self.status.keeper_state = state.into();
+        if let Some(file) = &self.status_file {
+            if let Err(e) = file.write(&self.status) {
+                warn!("status file: {e}; `fuse-restart status` will not find this mount");
+                self.status_file = None;
+            }
+        }
+    }
+}
+
+impl Drop for Supervisor {
+    /// However the keeper ends, no mount and no server stays behind.
+    fn drop(&mut self) {
+        self.take_mount_away();
+        if let Phase::Running(instance) = &self.phase {
+            let pid = instance.pid;
+            self.remains.kill(pid);
+            while !self.remains.gone(pid) {
+                self.remains.kill(pid);
+                std::thread::sleep(KILL_AGAIN);
+            }
+        }
+    }
+}
+
+fn block_signals() -> Result<SignalFd> {
+    let mut set = SigSet::empty();
+    HANDLED.iter().for_each(|s| set.add(*s));
+    nix::sys::signal::sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None)
+        .context("sigprocmask")?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")
+}
+
+/// Not sealed: the library decides how large it must be. It outlives every server, and dies with the keeper.
+fn new_state() -> Result<File> {
+    memfd_create(c"fuse-restart-state", MFdFlags::MFD_CLOEXEC)
+        .map(File::from)
+        .context("memfd for the server's state")
+}
+
+fn readable(fd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
+}
+
+fn describe(status: WaitStatus) -> String {
+    match status {
+        WaitStatus::Exited(_, code) => format!("exited with status {code}"),
+        WaitStatus::Signaled(_, signal, core) => {
+            format!(
+                "was killed by {signal}{}",
+                if core { " (core dumped)" } else { "" }
+            )
+        }
+        other => format!("ended: {other:?}"),
+    }
+}
+
+fn shell_words(words: &[std::ffi::OsString]) -> String {
+    words
+        .iter()
+        .map(|w| w.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
+}

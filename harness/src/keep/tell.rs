@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What the keeper says to the kernel when its server has died.
+//!
+//! RESTARTED at once, long before a new server runs: from then on the kernel holds every request and wakes nobody in
+//! vain. The new server says it again for itself. Kernels without the series get RESEND, which is all they know.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use rust_fuse_notify::std::notify::{Notifier, NotifyError};
+use rust_fuse_notify::std::wire::Identity;
+
+/// What came of it.
+#[derive(Debug)]
+pub enum Told {
+    /// The kernel holds everything and will replay to the next server.
+    Restarted,
+    /// Old kernel, or a server that did not sign: unanswered requests are queued again, nothing more.
+    Resent,
+    /// The dead server never answered INIT: the mount is of no use, make a new one.
+    NeverInitialised,
+    /// The kernel refused both.
+    Refused(NotifyError),
+}
+
+/// Tells the kernel that the server behind `device` is gone. `init_stored`: does the state memfd hold an INIT pair?
+pub fn server_died(device: &OwnedFd, init_stored: bool) -> Told {
+    let kernel = Notifier::new(device.as_fd());
+    match kernel.initialized() {
+        Ok(true) => {}
+        Ok(false) => return Told::NeverInitialised,
+        Err(e) => return Told::Refused(e),
+    }
+    match kernel.restarted(Notifier::cookie(), Identity::UNSAID) {
+        Ok(()) => Told::Restarted,
+        // An old kernel, which takes notifications at any time: only the state knows. Without a stored INIT no other
+        // server could follow this one, whether it answered or not.
+        Err(NotifyError::NotUnderstood) if !init_stored => Told::NeverInitialised,
+        Err(NotifyError::NotUnderstood | NotifyError::NotGranted) => match kernel.resend() {
+            Ok(()) => Told::Resent,
+            Err(e) => Told::Refused(e),
+        },
+        Err(e) => Told::Refused(e),
+    }
+}
+
+/// Does the memfd hold anything? The library writes the INIT pair before it answers INIT.
+pub fn state_in_use(state: &File) -> bool {
+    let mut first = [0u8; 8];
+    matches!(state.read_at(&mut first, 0), Ok(8)) && first != [0; 8]
+}

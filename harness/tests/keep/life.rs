@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The keeper's life with servers that do not even speak FUSE: order of events, signals, remains, fresh mounts.
+
+use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
+use std::process::{Command, Stdio};
+
+use crate::keeper::{alive, is_mounted, wait_for, Keeper, BINARY};
+use nix::mount::{umount2, MntFlags};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+
+fn pid_of(event: &serde_json::Value) -> i32 {
+    event["pid"].as_i64().unwrap() as i32
+}
+
+fn sigkill(pid: i32) {
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+}
+
+#[test]
+fn a_term_unmounts_and_stops_the_server() {
+    crate::skip_if_impossible!();
+    let mut keeper = Keeper::start(&[], &["sleep", "1000"]);
+    let server = pid_of(&keeper.event("started", 1));
+    assert!(is_mounted(&keeper.mountpoint()));
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+    assert!(!is_mounted(&keeper.mountpoint()));
+    assert!(!alive(server));
+    assert_eq!(keeper.event("unmounted", 1)["how"], "clean");
+}
+
+#[test]
+fn a_server_that_dies_before_init_gets_a_fresh_mount() {
+    crate::skip_if_impossible!();
+    let mut keeper = Keeper::start(&[], &["sleep", "1000"]);
+    let first = pid_of(&keeper.event("started", 1));
+    // Waits for an answer that will never come, and must be told so.
+    let mut waiter = Command::new("stat")
+        .arg(keeper.mountpoint().join("x"))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let asleep = || {
+        fs::read_to_string(format!("/proc/{}/wchan", waiter.id())).is_ok_and(|w| w.contains("fuse"))
+    };
+    wait_for("somebody to wait in the mount", || asleep().then_some(()));
+    sigkill(first);
+    keeper.event("fresh_mount", 1);
+    assert!(!waiter.wait().unwrap().success());
+    keeper.event("started", 2);
+    assert!(is_mounted(&keeper.mountpoint()));
+    assert_eq!(
+        keeper.names()[..7],
+        [
+            "mounted",
+            "started",
+            "died",
+            "cleared",
+            "fresh_mount",
+            "waiting",
+            "started"
+        ]
+    );
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+}
+
+#[test]
+fn nothing_of_the_dead_instance_is_alive_when_the_next_one_starts() {
+    crate::skip_if_impossible!();
+    // One child in the server's group, one that left it, one whose parent is dead already; each says its pid.
+    let script = r#"
+        sleep 1000 & echo $! >> "$0"
+        setsid sleep 1000 & echo $! >> "$0"
+        sh -c 'setsid sleep 1000 & echo $!' >> "$0"
+        echo done >> "$0"
+        exec sleep 1000"#;
+    let pids = tempfile::NamedTempFile::new().unwrap();
+    let mut keeper = Keeper::start(&[], &["sh", "-c", script, pids.path().to_str().unwrap()]);
+    let said = || fs::read_to_string(pids.path()).unwrap();
+    wait_for("the server's children", || {
+        said().contains("done").then_some(())
+    });
+    let children: Vec<i32> = said().lines().take(3).map(|l| l.parse().unwrap()).collect();
+    assert!(children.iter().all(|p| alive(*p)), "{children:?}");
+    sigkill(pid_of(&keeper.event("started", 1)));
+    keeper.event("cleared", 1);
+    let left: Vec<_> = children.iter().filter(|p| alive(**p)).collect();
+    assert!(left.is_empty(), "cleared, but {left:?} live");
+    keeper.event("started", 2);
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+}
+
+#[test]
+fn a_hangup_is_a_planned_restart() {
+    crate::skip_if_impossible!();
+    // No restart may fail at all here: a planned one is no failure.
+    let mut keeper = Keeper::start(&["--max-restarts", "0"], &["sleep", "1000"]);
+    for n in 1..=3 {
+        let before = pid_of(&keeper.event("started", n));
+        keeper.signal(Signal::SIGHUP);
+        assert_ne!(pid_of(&keeper.event("started", n + 1)), before);
+        assert!(!alive(before));
+    }
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+}
+
+#[test]
+fn restarts_can_be_held_back() {
+    crate::skip_if_impossible!();
+    let mut keeper = Keeper::start(&[], &["sleep", "1000"]);
+    let server = pid_of(&keeper.event("started", 1));
+    keeper.signal(Signal::SIGUSR1);
+    wait_for("the keeper to say so", || {
+        keeper.stderr().contains("held back").then_some(())
+    });
+    sigkill(server);
+    assert!(keeper.event("waiting", 1)["delay_ns"].is_null());
+    assert_eq!(keeper.count("started"), 1);
+    keeper.signal(Signal::SIGUSR2);
+    keeper.event("started", 2);
+    // And a stop while held back must not hang.
+    keeper.signal(Signal::SIGUSR1);
+    wait_for("the keeper to say so", || {
+        (keeper.stderr().matches("held back").count() == 2).then_some(())
+    });
+    sigkill(pid_of(&keeper.event("started", 2)));
+    keeper.event("waiting", 2);
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+}
+
+#[test]
+fn unmounted_from_outside_is_a_clean_end() {
+    crate::skip_if_impossible!();
+    // `cat` reads the device as a server does, and ends on ENODEV.
+    let mut keeper = Keeper::start(&[], &["sh", "-c", "cat <&3 >/dev/null; exit 0"]);
+    keeper.event("started", 1);
+    umount2(&keeper.mountpoint(), MntFlags::empty()).unwrap();
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+    assert_eq!(keeper.event("unmounted", 1)["how"], "from outside");
+}
+
+#[test]
+fn a_busy_mount_names_its_holders_and_goes_on() {
+    crate::skip_if_impossible!();
+    let mut keeper = Keeper::start(&[], &["sleep", "1000"]);
+    let server = pid_of(&keeper.event("started", 1));
+    // O_PATH asks the server nothing.
+    let held = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(keeper.mountpoint())
+        .unwrap();
+    keeper.signal(Signal::SIGTERM);
+    let busy = keeper.event("busy", 1);
+    let us = std::process::id();
+    assert!(
+        busy["pids"].as_array().unwrap().contains(&us.into()),
+        "{busy}"
+    );
+    wait_for("the message", || {
+        keeper.stderr().contains(&format!("{us} (")).then_some(())
+    });
+    assert!(
+        is_mounted(&keeper.mountpoint()) && alive(server),
+        "it must go on serving"
+    );
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+    assert_eq!(keeper.event("unmounted", 1)["how"], "lazily");
+    assert!(!is_mounted(&keeper.mountpoint()) && !alive(server));
+    drop(held);
+}
+
+#[test]
+fn a_server_that_ignores_the_polite_way_is_killed() {
+    crate::skip_if_impossible!();
+    let mut keeper = Keeper::start(
+        &[],
+        &["sh", "-c", "trap '' TERM; while :; do sleep 1; done"],
+    );
+    let server = pid_of(&keeper.event("started", 1));
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+    assert!(!alive(server) && !is_mounted(&keeper.mountpoint()));
+}
+
+#[test]
+fn closed_pipes_do_not_stop_it() {
+    crate::skip_if_impossible!();
+    let mut keeper = Keeper::start_with(&[], &["sleep", "1000"], |command| {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    });
+    drop(keeper.child.stdout.take());
+    drop(keeper.child.stderr.take());
+    for n in 1..=3 {
+        sigkill(pid_of(&keeper.event("started", n)));
+    }
+    keeper.event("started", 4);
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0);
+}
+
+#[test]
+fn status_tells_what_the_keeper_does() {
+    crate::skip_if_impossible!();
+    let mut keeper = Keeper::start(&[], &["sleep", "1000"]);
+    let status = |mountpoint: &std::path::Path| {
+        Command::new(BINARY)
+            .args(["status", "--json"])
+            .arg(mountpoint)
+            .output()
+            .unwrap()
+    };
+    sigkill(pid_of(&keeper.event("started", 1)));
+    let server = pid_of(&keeper.event("started", 2));
+    let seen = wait_for("the status of the second instance", || {
+        let output = status(&keeper.mountpoint());
+        let value: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
+        (value["server_pid"] == server).then_some(value)
+    });
+    assert_eq!(seen["restarts"], 1);
+    assert_eq!(seen["last_exit"], "was killed by SIGKILL");
+    assert_eq!(seen["keeper_pid"], keeper.child.id());
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+    let output = status(&keeper.mountpoint());
+    assert_ne!(output.status.code(), Some(0));
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("nothing is mounted on"),
+        "{output:?}"
+    );
+}
+
+#[test]
+fn descriptors_and_processes_do_not_pile_up() {
+    crate::skip_if_impossible!();
+    let mut keeper = Keeper::start(&["--stable-after", "0"], &["sleep", "1000"]);
+    let descriptors = |k: &Keeper| {
+        fs::read_dir(format!("/proc/{}/fd", k.child.id()))
+            .unwrap()
+            .count()
+    };
+    sigkill(pid_of(&keeper.event("started", 1)));
+    keeper.event("started", 2);
+    let settled = |k: &Keeper, n: usize| {
+        wait_for("the descriptors of the start to be settled", || {
+            (descriptors(k) <= n).then_some(())
+        })
+    };
+    let before = descriptors(&keeper);
+    for n in 2..=20 {
+        sigkill(pid_of(&keeper.event("started", n)));
+    }
+    keeper.event("started", 21);
+    settled(&keeper, before);
+    let zombies = fs::read_dir("/proc").unwrap().flatten().filter(|e| {
+        let stat = fs::read_to_string(e.path().join("stat")).unwrap_or_default();
+        stat.rsplit(')')
+            .next()
+            .unwrap()
+            .starts_with(&format!(" Z {} ", keeper.child.id()))
+    });
+    assert_eq!(zombies.count(), 0);
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+}
