@@ -168,7 +168,7 @@ impl<'fd> Notifier<'fd> {
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |time| time.as_nanos() as u64);
         // Bit 63 stays free: it would look like a resent request in a log.
-        COOKIE_BIT | (u64::from(std::process::id()) << 32 ^ clock) & (COOKIE_BIT - 1)
+        COOKIE_BIT | (((u64::from(std::process::id()) << 32) ^ clock) & (COOKIE_BIT - 1))
     }
 
     fn send(&self, code: i32, body: &[u8]) -> Result<(), Errno> {

@@ -6,6 +6,8 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::proto;
+
 /// Opcode of a request for attributes; a replay is one of these.
 pub const FUSE_GETATTR: u32 = 3;
 /// Opcode of the handshake, the first message on every connection.
@@ -18,31 +20,31 @@ pub const FUSE_NOTIFY_POLL: i32 = 1;
 /// Notification: send again what was read and never answered (Linux 6.9 and later).
 pub const FUSE_NOTIFY_RESEND: i32 = 7;
 /// Notification: a new instance serves this connection, or (with COMMIT) is ready to.
-pub const FUSE_NOTIFY_RESTARTED: i32 = 12;
+pub const FUSE_NOTIFY_RESTARTED: i32 = proto::wire::NOTIFY_RESTARTED;
 
 /// `fuse_init_in.flags`: `flags2` is valid.
 pub const FUSE_INIT_EXT: u64 = 1 << 30;
 /// INIT flag: the kernel can resend.
 pub const FUSE_HAS_RESEND: u64 = 1 << 39;
 /// INIT flag: the kernel offers, the server signs, the contract of restartable servers.
-pub const FUSE_RESTARTABLE: u64 = 1 << 45;
+pub const FUSE_RESTARTABLE: u64 = proto::wire::RESTARTABLE;
 
 /// `getattr_flags` of a replay.
-pub const FUSE_GETATTR_REPLAY: u32 = 1 << 1;
+pub const FUSE_GETATTR_REPLAY: u32 = proto::wire::GETATTR_REPLAY;
 /// `flags` of the second notification.
-pub const FUSE_RESTARTED_COMMIT: u32 = 1 << 0;
+pub const FUSE_RESTARTED_COMMIT: u32 = proto::wire::COMMIT;
 /// A cookie has this bit set, so that it can never be the id of a request.
-pub const COOKIE_BIT: u64 = 1 << 62;
+pub const COOKIE_BIT: u64 = proto::wire::COOKIE;
 /// Set in the `unique` of every request that was sent before, and of every replay.
-pub const FUSE_UNIQUE_RESEND: u64 = 1 << 63;
+pub const FUSE_UNIQUE_RESEND: u64 = proto::ids::RESEND;
 /// The bits of a `unique` that hold the id with which a request was first sent.
-pub const ORIGINAL_ID_MASK: u64 = (1 << 48) - 1;
+pub const ORIGINAL_ID_MASK: u64 = proto::ids::ID_MASK;
 /// The nodeid of the root of every FUSE file system.
 pub const FUSE_ROOT_ID: u64 = 1;
 /// Smallest buffer that a read of `/dev/fuse` accepts, in bytes.
 pub const FUSE_MIN_READ_BUFFER: usize = 8192;
 /// Offset of `identity` in `fuse_init_out`, in bytes.
-pub const INIT_OUT_IDENTITY: usize = 48;
+pub const INIT_OUT_IDENTITY: usize = proto::wire::INIT_IDENTITY_OFFSET;
 
 /// `struct fuse_in_header`: the start of every message from the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -291,12 +293,12 @@ impl std::fmt::Display for Identity {
 /// assert_eq!(original_id((1 << 63) | (3 << 48) | 0x1234), 0x1234);
 /// ```
 pub fn original_id(unique: u64) -> u64 {
-    unique & ORIGINAL_ID_MASK
+    proto::ids::original(unique)
 }
 
 /// Whether a request was sent before, to an instance that is dead now.
 pub fn is_resent(unique: u64) -> bool {
-    unique & FUSE_UNIQUE_RESEND != 0
+    proto::ids::is_resent(unique)
 }
 
 #[cfg(test)]
@@ -316,6 +318,21 @@ mod tests {
         assert_eq!(size_of::<InitOut>(), 64);
         assert_eq!(offset_of!(InitOut, identity), INIT_OUT_IDENTITY);
         assert_eq!(offset_of!(InitOut, unused), 42);
+    }
+
+    /// The core has the same structs without zerocopy's derives, since the kernel compiles it.
+    #[test]
+    fn structs_are_laid_out_as_in_the_core() {
+        assert_eq!(size_of::<RestartedOut>(), size_of::<proto::wire::RestartedOut>());
+        assert_eq!(size_of::<RestartedIn>(), size_of::<proto::wire::RestartedIn>());
+        assert_eq!(offset_of!(RestartedOut, epoch), offset_of!(proto::wire::RestartedOut, epoch));
+        assert_eq!(offset_of!(RestartedOut, identity), offset_of!(proto::wire::RestartedOut, identity));
+        assert_eq!(offset_of!(RestartedIn, replayed), offset_of!(proto::wire::RestartedIn, replayed));
+        assert_eq!(offset_of!(RestartedIn, confirmed), offset_of!(proto::wire::RestartedIn, confirmed));
+        assert_eq!(offset_of!(RestartedIn, revoked), offset_of!(proto::wire::RestartedIn, revoked));
+        assert_eq!(offset_of!(RestartedIn, held), offset_of!(proto::wire::RestartedIn, held));
+        assert_eq!(offset_of!(RestartedIn, lowest_owed), offset_of!(proto::wire::RestartedIn, lowest_owed));
+        assert_eq!(offset_of!(RestartedIn, settle_ns), offset_of!(proto::wire::RestartedIn, settle_ns));
     }
 
     #[test]

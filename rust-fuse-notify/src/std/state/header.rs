@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What the memfd looks like, and the check that it is ours.
+//!
+//! ```text
+//! 0        header: magic, version, checksum, identity, capacities (fixed); counters (change)
+//! 0x1000   the INIT reply
+//! 0x2000   the INIT request, read straight into here
+//! 0x12000  journal | handle table | node table, each from a page boundary
+//! ```
+
+use std::os::fd::BorrowedFd;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::region::Region;
+use super::{handles, journal, nodes, Config, StateError};
+use crate::std::wire::Identity;
+
+/// "FUSErst" and the byte order.
+const MAGIC: u64 = u64::from_ne_bytes(*b"FUSErst\x01");
+/// Changes whenever an older server could misread what a newer one wrote.
+pub(super) const VERSION: u32 = 1;
+
+/// Offset of the magic: stored last, so a state that has it is complete.
+const MAGIC_AT: usize = 0;
+/// Offset of [`Fixed`].
+const FIXED_AT: usize = 8;
+/// Offset of the counter that makes nodeids and handles unique.
+pub(super) const STAMP_AT: usize = 128;
+/// Offset of the number of node slots ever used.
+pub(super) const NODES_USED_AT: usize = 136;
+/// Offset of the number of handle slots ever used.
+pub(super) const HANDLES_USED_AT: usize = 144;
+/// Offset of the length of the INIT request; 0: none was read.
+pub(super) const REQUEST_LEN_AT: usize = 152;
+/// Offset of the length of the INIT reply; 0: there is none yet.
+pub(super) const REPLY_LEN_AT: usize = 160;
+/// Offset of the mark that the kernel has the reply.
+pub(super) const ANSWERED_AT: usize = 168;
+/// Bytes of the header, all of which are zero in an empty state.
+const HEADER_LEN: usize = 4096;
+
+/// Offset of the INIT reply.
+pub(super) const REPLY_AT: usize = 0x1000;
+/// Room for the INIT reply, in bytes.
+pub(super) const REPLY_MAX: usize = 0x1000;
+/// Offset of the INIT request.
+pub(super) const REQUEST_AT: usize = 0x2000;
+/// Room for the INIT request; a read of the device wants at least 8 KiB, more than the message has.
+pub(super) const REQUEST_MAX: usize = 0x10000;
+const TABLES_AT: usize = 0x12000;
+
+/// The part of the header that never changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct Fixed {
+    checksum: u64,
+    version: u32,
+    spare: u32,
+    identity: [u64; 2],
+    nodes: u32,
+    handles: u32,
+    journal: u32,
+    spare2: u32,
+    len: u64,
+}
+
+/// Where the tables are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    pub(super) config: Config,
+    pub(super) journal: usize,
+    pub(super) handles: usize,
+    pub(super) nodes: usize,
+    pub(super) len: usize,
+}
+
+impl Layout {
+    pub(super) fn of(config: &Config) -> Result<Layout, StateError> {
+        for (table, capacity, max) in [
+            ("nodes", config.nodes, nodes::MAX_CAPACITY),
+            ("handles", config.handles, handles::MAX_CAPACITY),
+            ("journal", config.journal, journal::MAX_CAPACITY),
+        ] {
+            if !(2..=max).contains(&capacity) {
+                return Err(StateError::Capacity { table, capacity, max });
+            }
+        }
+        let pages = |slots: u32, size: usize| (slots as usize * size).next_multiple_of(4096);
+        let journal = TABLES_AT;
+        let handles = journal + pages(config.journal, journal::SLOT_LEN);
+        let nodes = handles + pages(config.handles, handles::SLOT_LEN);
+        let len = nodes + pages(config.nodes, nodes::SLOT_LEN);
+        Ok(Layout { config: *config, journal, handles, nodes, len })
+    }
+
+    fn fixed(&self, identity: Identity) -> Fixed {
+        let mut fixed = Fixed {
+            checksum: 0,
+            version: VERSION,
+            spare: 0,
+            identity: identity.0,
+            nodes: self.config.nodes,
+            handles: self.config.handles,
+            journal: self.config.journal,
+            spare2: 0,
+            len: self.len as u64,
+        };
+        fixed.checksum = checksum(&fixed);
+        fixed
+    }
+
+    /// Makes an empty region of this layout a state of `identity`.
+    pub(super) fn write(&self, region: &Region, identity: Identity) {
+        region.put(FIXED_AT, &self.fixed(identity));
+        region.store(STAMP_AT, 1);
+        region.publish(MAGIC_AT, MAGIC);
+    }
+}
+
+/// FNV-1a over everything but the checksum itself. It is there against files that are not ours, not against an
+/// attacker: whoever can write the memfd can do as the server can.
+fn checksum(fixed: &Fixed) -> u64 {
+    let seed = 0xcbf2_9ce4_8422_2325;
+    fixed.as_bytes()[8..].iter().fold(seed, |sum: u64, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// What a memfd holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// Nothing, or what a server left that was killed before its state was complete.
+    Empty,
+    /// A complete state.
+    State {
+        layout: Layout,
+        identity: Identity,
+        answered: bool,
+    },
+}
+
+/// Looks at a memfd of `size` bytes without changing it.
+pub(super) fn inspect(fd: BorrowedFd<'_>, size: u64) -> Result<Found, StateError> {
+    if size == 0 {
+        return Ok(Found::Empty);
+    }
+    let mut page = [0; HEADER_LEN];
+    let got = nix::sys::uio::pread(fd, &mut page, 0).map_err(StateError::io("reading the header of"))?;
+    if got < HEADER_LEN {
+        return Err(StateError::Foreign("it is shorter than a header"));
+    }
+    let word = |at: usize| u64::from_ne_bytes(page[at..at + 8].try_into().unwrap_or_default());
+    let rest = FIXED_AT + size_of::<Fixed>();
+    let Ok(fixed) = Fixed::read_from_bytes(&page[FIXED_AT..rest]) else {
+        return Err(StateError::Foreign("it is shorter than a header"));
+    };
+    if word(MAGIC_AT) == 0 {
+        // Killed while it was laid out: whatever was stored is a part of the fixed header or the first stamp.
+        let others_are_zero =
+            (rest..HEADER_LEN).step_by(8).all(|at| word(at) == 0 || (at == STAMP_AT && word(at) == 1));
+        if others_are_zero && [0, VERSION].contains(&fixed.version) {
+            return Ok(Found::Empty);
+        }
+        return Err(StateError::Foreign("it has no magic number"));
+    }
+    if word(MAGIC_AT) != MAGIC {
+        return Err(StateError::Foreign("its magic number is another"));
+    }
+    if fixed.checksum != checksum(&fixed) {
+        return Err(StateError::Foreign("its checksum is wrong"));
+    }
+    if fixed.version > VERSION {
+        return Err(StateError::Newer { found: fixed.version, ours: VERSION });
+    }
+    if fixed.version < VERSION {
+        return Err(StateError::Older { found: fixed.version, ours: VERSION });
+    }
+    let layout = Layout::of(&Config { nodes: fixed.nodes, handles: fixed.handles, journal: fixed.journal })?;
+    if layout.len as u64 != fixed.len || fixed.len != size {
+        return Err(StateError::Foreign("its size does not fit its header"));
+    }
+    Ok(Found::State { layout, identity: Identity(fixed.identity), answered: word(ANSWERED_AT) != 0 })
+}
