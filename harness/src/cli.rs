@@ -19,7 +19,8 @@ enum Command {
     /// Mount, keep the descriptor, start the server and start it again whenever it dies
     Keep(crate::keep::Args),
     /// Be a reference server
-    Serve,
+    #[command(subcommand)]
+    Serve(crate::serve::Serve),
     /// Say how a kept mount is doing
     Status(crate::status::Args),
     /// Measure
@@ -34,7 +35,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result: anyhow::Result<ExitCode> = match cli.command {
         Command::Keep(args) => crate::keep::run(args),
-        Command::Serve => not_yet("serve"),
+        Command::Serve(which) => crate::serve::run(&which),
         Command::Status(args) => crate::status::run(args),
         Command::Bench => not_yet("bench"),
         Command::Demo => not_yet("demo"),

@@ -4,6 +4,7 @@
 mod cli;
 mod fusectl;
 mod keep;
+mod serve;
 mod status;
 
 use std::process::ExitCode;

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: GPL-2.0
+//! `serve`: the reference servers.
+
+pub mod passthrough;
+
+use std::process::ExitCode;
+
+#[derive(clap::Subcommand, Debug)]
+pub enum Serve {
+    #[command(verbatim_doc_comment)]
+    Passthrough(passthrough::Args),
+}
+
+pub fn run(serve: &Serve) -> anyhow::Result<ExitCode> {
+    match serve {
+        Serve::Passthrough(args) => passthrough::run(args),
+    }
+}

@@ -1,0 +1,587 @@
+// SPDX-License-Identifier: GPL-2.0
+//! fuser's trait: takes requests apart, sends answers. What they mean is in the other modules.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use fuser::{
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, FileHandle, FopenFlags, INodeNo, InitFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr,
+    Request, TimeOrNow, WriteFlags,
+};
+use nix::errno::Errno;
+use rust_fuse_notify::std::state::Slot;
+use rust_fuse_notify::std::wire::FUSE_RESTARTABLE;
+use zerocopy::IntoBytes;
+
+use super::attr::Change;
+use super::creds::Caller;
+use super::make::{target, Created, Thing};
+use super::nodes::{Entry, ROOT};
+use super::server::Server;
+use super::sys::{self, Res};
+use super::wire::{attr_out, Attr, OpenOut};
+
+/// The largest read and write, as in the kernel's own default limit of 256 pages.
+const MAX_WRITE: u32 = 1 << 20;
+
+pub struct Passthrough(pub Arc<Server>);
+
+fn errno(e: Errno) -> fuser::Errno {
+    fuser::Errno::from_i32(e as i32)
+}
+
+fn caller(req: &Request) -> Caller {
+    Caller {
+        uid: req.uid(),
+        gid: req.gid(),
+    }
+}
+
+/// The request was answered: nobody will ask again.
+fn answered(slot: Option<Slot<'_>>) {
+    if let Some(slot) = slot {
+        slot.done();
+    }
+}
+
+fn empty(reply: ReplyEmpty, result: Res<()>) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(errno(e)),
+    }
+}
+
+fn empty_kept(reply: ReplyEmpty, result: Res<Option<Slot<'_>>>) {
+    match result {
+        Ok(slot) => {
+            reply.ok();
+            answered(slot);
+        }
+        Err(e) => reply.error(errno(e)),
+    }
+}
+
+impl Passthrough {
+    /// Answers by hand what fuser cannot say, see [`super::wire`]. fuser's own reply is leaked (a
+    /// counter, no memory): dropping it would answer the request once more, with an error.
+    fn raw<R>(&self, req: &Request, reply: R, parts: &[&[u8]]) -> bool {
+        std::mem::forget(reply);
+        match self.0.device.reply(req.unique().0, parts) {
+            Ok(()) => true,
+            Err(e) => {
+                // Unmounted or aborted, or another instance was declared.
+                tracing::warn!(
+                    "nobody took the answer to {:#x}: {}",
+                    req.unique().0,
+                    e.desc()
+                );
+                false
+            }
+        }
+    }
+
+    fn entry(&self, req: &Request, reply: ReplyEntry, result: Res<(Entry, Option<Slot<'_>>)>) {
+        match result {
+            Ok((entry, slot)) => {
+                if self.raw(req, reply, &[self.0.entry_out(&entry).as_bytes()]) {
+                    answered(slot);
+                } else {
+                    self.0.forget(entry.nodeid, 1);
+                }
+            }
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn attr(&self, req: &Request, reply: ReplyAttr, result: Res<Attr>) {
+        match result {
+            Ok(attr) => {
+                self.raw(
+                    req,
+                    reply,
+                    &[attr_out(attr, self.0.opts.timeout).as_bytes()],
+                );
+            }
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn xattr(reply: ReplyXattr, size: u32, get: impl Fn(&mut [u8]) -> Res<usize>) {
+        let mut buf = vec![0; size as usize];
+        match get(&mut buf) {
+            Ok(n) if size == 0 => reply.size(n as u32),
+            Ok(n) => reply.data(&buf[..n]),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+}
+
+impl fuser::Filesystem for Passthrough {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let mut wanted = vec![
+            InitFlags::FUSE_DO_READDIRPLUS,
+            InitFlags::FUSE_READDIRPLUS_AUTO,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            // The backing decides what a umask means, for a default ACL overrules it.
+            InitFlags::FUSE_DONT_MASK,
+            // Also makes the kernel check permissions, which the server relies on.
+            InitFlags::FUSE_POSIX_ACL,
+            InitFlags::FUSE_AUTO_INVAL_DATA,
+            InitFlags::from_bits_retain(FUSE_RESTARTABLE),
+        ];
+        if self.0.opts.writeback {
+            wanted.push(InitFlags::FUSE_WRITEBACK_CACHE);
+        }
+        for flag in wanted {
+            // What the kernel does not offer, the server can do without.
+            if config.add_capabilities(flag).is_err() {
+                tracing::debug!("the kernel does not offer {flag:?}");
+            }
+        }
+        config
+            .set_max_write(MAX_WRITE)
+            .and_then(|_| {
+                config
+                    .set_max_background(64)
+                    .map(u32::from)
+                    .map_err(u32::from)
+            })
+            .map_err(|best| io::Error::other(format!("fuser wants {best}")))?;
+        Ok(())
+    }
+
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let entry = self.0.lookup(parent.0, name);
+        self.entry(req, reply, entry.map(|e| (e, None)));
+    }
+
+    fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        self.0.forget(ino.0, nlookup);
+    }
+
+    fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.attr(req, reply, self.0.attr(ino.0));
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let fh = fh.map(|fh| fh.0);
+        let change = Change {
+            mode,
+            uid,
+            gid,
+            size,
+            atime,
+            mtime,
+            fh,
+        };
+        self.attr(req, reply, self.0.set_attr(ino.0, &change));
+    }
+
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        match self
+            .0
+            .node_fd(ino.0)
+            .and_then(|fd| sys::readlink(fd.as_fd()))
+        {
+            Ok(target) => reply.data(&target),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn mknod(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let thing = Thing::Node { mode, rdev };
+        let made = self
+            .0
+            .make(req.unique().0, caller(req), (parent.0, name), umask, &thing);
+        self.entry(req, reply, made);
+    }
+
+    fn mkdir(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        reply: ReplyEntry,
+    ) {
+        let thing = Thing::Dir { mode };
+        let made = self
+            .0
+            .make(req.unique().0, caller(req), (parent.0, name), umask, &thing);
+        self.entry(req, reply, made);
+    }
+
+    fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, to: &Path, reply: ReplyEntry) {
+        let made = target(to).and_then(|target| {
+            let thing = Thing::Symlink { target: &target };
+            self.0
+                .make(req.unique().0, caller(req), (parent.0, name), 0, &thing)
+        });
+        self.entry(req, reply, made);
+    }
+
+    fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let removed = self.0.remove(req.unique().0, (parent.0, name), false);
+        empty_kept(reply, removed.map(|((), slot)| slot));
+    }
+
+    fn rmdir(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let removed = self.0.remove(req.unique().0, (parent.0, name), true);
+        empty_kept(reply, removed.map(|((), slot)| slot));
+    }
+
+    fn rename(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let (from, to) = ((parent.0, name), (newparent.0, newname));
+        let renamed = self.0.rename(req.unique().0, from, to, flags.bits());
+        empty_kept(reply, renamed.map(|((), slot)| slot));
+    }
+
+    fn link(&self, req: &Request, ino: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let linked = self.0.link(req.unique().0, ino.0, (parent.0, name));
+        self.entry(req, reply, linked);
+    }
+
+    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        match self.0.open(req.unique().0, ino.0, flags.0) {
+            Ok(fh) => reply.opened(FileHandle(fh), FopenFlags::empty()),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn create(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let unique = req.unique().0;
+        let created = self
+            .0
+            .create(unique, caller(req), (parent.0, name), (mode, umask), flags);
+        match created {
+            Ok((Created { entry, fh }, slot)) => {
+                let open = OpenOut {
+                    fh,
+                    open_flags: 0,
+                    backing_id: 0,
+                };
+                let out = self.0.entry_out(&entry);
+                if self.raw(req, reply, &[out.as_bytes(), open.as_bytes()]) {
+                    answered(slot);
+                } else {
+                    self.0.close(fh);
+                    self.0.forget(entry.nodeid, 1);
+                }
+            }
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let mut buf = vec![0; size.min(MAX_WRITE) as usize];
+        let read = self.0.file(ino.0, fh.0);
+        match read.and_then(|fd| sys::read_full_at(fd.as_fd(), &mut buf, offset)) {
+            Ok(n) => reply.data(&buf[..n]),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let file = self.0.file(ino.0, fh.0);
+        match file.and_then(|fd| sys::write_full_at(fd.as_fd(), data, offset)) {
+            Ok(n) => reply.written(n as u32),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn flush(&self, _: &Request, ino: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        empty(reply, self.0.flush(ino.0, fh.0));
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.0.close(fh.0);
+        reply.ok();
+    }
+
+    fn fsync(&self, _: &Request, ino: INodeNo, fh: FileHandle, data: bool, reply: ReplyEmpty) {
+        let file = self.0.file(ino.0, fh.0);
+        empty(reply, file.and_then(|fd| sys::fsync(fd.as_fd(), data)));
+    }
+
+    fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        match self.0.open_dir(req.unique().0, ino.0) {
+            Ok(fh) => reply.opened(FileHandle(fh), FopenFlags::empty()),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn readdir(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        let read = self
+            .0
+            .read_dir(ino.0, fh.0, offset, |ino, off, kind, name| {
+                reply.add(INodeNo(ino), off, kind, name)
+            });
+        match read {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn readdirplus(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        reply: ReplyDirectoryPlus,
+    ) {
+        match self.0.read_dir_plus(ino.0, fh.0, offset) {
+            Ok((buf, counted)) => {
+                if !self.raw(req, reply, &[buf.bytes()]) {
+                    self.0.take_back(&counted);
+                }
+            }
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn releasedir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.0.close(fh.0);
+        reply.ok();
+    }
+
+    fn fsyncdir(&self, _: &Request, ino: INodeNo, fh: FileHandle, data: bool, reply: ReplyEmpty) {
+        let dir = self.0.file(ino.0, fh.0);
+        empty(reply, dir.and_then(|fd| sys::fsync(fd.as_fd(), data)));
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        match sys::fstatvfs(self.0.backing.root()) {
+            Ok(st) => reply.statfs(
+                st.f_blocks,
+                st.f_bfree,
+                st.f_bavail,
+                st.f_files,
+                st.f_ffree,
+                st.f_bsize as u32,
+                st.f_namemax as u32,
+                st.f_frsize as u32,
+            ),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn setxattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        empty_kept(
+            reply,
+            self.0.set_xattr(req.unique().0, ino.0, name, value, flags),
+        );
+    }
+
+    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        Self::xattr(reply, size, |buf| self.0.get_xattr(ino.0, name, buf));
+    }
+
+    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        Self::xattr(reply, size, |buf| self.0.list_xattr(ino.0, buf));
+    }
+
+    fn removexattr(&self, req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        empty_kept(reply, self.0.remove_xattr(req.unique().0, ino.0, name));
+    }
+
+    fn access(&self, req: &Request, ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
+        let allowed = self
+            .0
+            .node_fd(ino.0)
+            .and_then(|fd| caller(req).restricted(|| sys::access(fd.as_fd(), mask.bits())));
+        empty(reply, allowed);
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let file = self.0.file(ino.0, fh.0);
+        empty(
+            reply,
+            file.and_then(|fd| sys::fallocate(fd.as_fd(), mode, offset, length)),
+        );
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let file = self.0.file(ino.0, fh.0);
+        match file.and_then(|fd| sys::lseek(fd.as_fd(), offset, whence)) {
+            Ok(at) => reply.offset(at),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        ino_in: INodeNo,
+        fh_in: FileHandle,
+        offset_in: u64,
+        ino_out: INodeNo,
+        fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let (from, to) = (
+            (ino_in.0, fh_in.0, offset_in),
+            (ino_out.0, fh_out.0, offset_out),
+        );
+        match self.0.copy(from, to, len) {
+            Ok(n) => reply.written(n),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    // The kernel asks once and then does without.
+
+    fn poll(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _ph: PollNotifier,
+        _events: PollEvents,
+        _flags: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        reply.error(fuser::Errno::ENOSYS);
+    }
+
+    fn ioctl(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(fuser::Errno::ENOTTY);
+    }
+}
+
+const _: () = assert!(ROOT == INodeNo::ROOT.0);

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0
+//! `serve passthrough`: a directory of another file system, served so that it survives its server.
+//!
+//! The map: [`fs`] is fuser's trait and says what is answered; [`nodes`], [`make`], [`remove`],
+//! [`attr`] and [`open`] are the operations; [`server`] is what they share. [`intent`] says what
+//! the journal remembers of a change, [`recover`] what a new instance does with it.
+//! [`graveyard`] keeps what has lost its name. [`backing`], [`handle`], [`dents`], [`creds`],
+//! [`sys`] talk to the backing file system, [`wire`] to the kernel where fuser cannot.
+
+mod attr;
+mod backing;
+mod creds;
+mod dents;
+mod fdcache;
+mod fs;
+mod graveyard;
+mod handle;
+mod intent;
+mod make;
+mod nodes;
+mod open;
+mod recover;
+mod remove;
+mod server;
+mod sys;
+mod wire;
+
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{bail, Context};
+use fuser::{Session, SessionACL};
+use rust_fuse_notify::std::adopt::{Adopt, How};
+use rust_fuse_notify::std::listen;
+use rust_fuse_notify::std::state::{Config, State};
+use rust_fuse_notify::std::wire::Identity;
+
+use backing::Backing;
+use graveyard::Graveyard;
+use recover::Recovery;
+use server::{Options, Server};
+use wire::Device;
+
+/// Serve a directory of another file system
+///
+/// Runs under a keeper, which mounts it and starts it again when it dies:
+///
+///     fuse-restart keep --mountpoint /mnt -- fuse-restart serve passthrough /srv/data
+///
+/// The backing must be on a file system with file handles (ext4, xfs, btrfs, tmpfs) and be changed
+/// through the mount only; what is changed behind it shows after --timeout. Removed files that are
+/// still in use live in a hidden directory of the backing until they are closed.
+#[derive(clap::Args, Debug)]
+#[command(verbatim_doc_comment)]
+pub struct Args {
+    /// Let the kernel cache writes and send them later
+    #[arg(long)]
+    writeback: bool,
+    /// Requests served at the same time
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: u16,
+    /// Give each thread a descriptor of its own (FUSE_DEV_IOC_CLONE)
+    ///
+    /// On a kernel without FUSE_NOTIFY_RESTARTED, requests that such a thread had read are lost
+    /// with it (ECONNABORTED).
+    #[arg(long)]
+    clone_fd: bool,
+    /// For how long the kernel may believe names and attributes, in seconds
+    #[arg(long, default_value_t = 1.0, value_parser = seconds)]
+    timeout: f64,
+    /// The directory to serve
+    backing: PathBuf,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if (0.0..=1e6).contains(&value) => Ok(value),
+        _ => Err("a number of seconds between 0 and 1000000".into()),
+    }
+}
+
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let path = backing::resolved(&args.backing);
+    let shown = path.display();
+    let nofile = backing::raise_nofile();
+    let backing = Backing::open(&path)?;
+    if std::fs::metadata("/proc/self/fd").is_err() {
+        bail!("/proc is not mounted: the server reaches open files through /proc/self/fd");
+    }
+    let inherited = listen::adopt_from_environment().context(
+        "this server takes /dev/fuse from a keeper; start it with \
+         `fuse-restart keep --mountpoint DIR -- fuse-restart serve passthrough BACKING`",
+    )?;
+    let identity = Identity(backing.identity);
+    let state = State::open(inherited.state, identity, &Config::default())
+        .with_context(|| format!("cannot use the state of the mount for {shown}"))?;
+    let yard = Graveyard::open(backing.root())?;
+    yard.lock()
+        .with_context(|| format!("cannot serve {shown}"))?;
+    let first = state.nodes().is_empty();
+
+    let device = Device::new(wire::duplicate(inherited.device.as_fd())?, args.clone_fd);
+    let state = Arc::new(state);
+    let opts = Options {
+        writeback: args.writeback,
+        timeout: Duration::from_secs_f64(args.timeout),
+    };
+    let server = Arc::new(Server::new(
+        backing,
+        yard,
+        state.clone(),
+        device,
+        opts,
+        nofile,
+    ));
+    state
+        .nodes()
+        .set_root(&server.describe_root()?)
+        .context("cannot enter the root in the node table")?;
+    if first {
+        // Left by a mount that ended without an unmount; nobody uses it any more.
+        server.sweep_graves();
+    }
+
+    let mut config = fuser::Config::default();
+    config.acl = SessionACL::All;
+    config.n_threads = Some(usize::from(args.threads));
+    config.clone_fd = args.clone_fd;
+    let filesystem = fs::Passthrough(server.clone());
+    let adopted = Adopt::new(inherited.device, state)
+        .run(&mut Recovery(server.clone()), |fd| {
+            Session::from_fd(filesystem, fd, SessionACL::All, config)
+        })
+        .with_context(|| format!("cannot take over the mount of {shown}"))?;
+    match &adopted.how {
+        How::First(support) => tracing::info!("serving {shown} ({support:?})"),
+        How::Recovered { report, took } => tracing::info!(
+            "serving {shown} again: {} inodes confirmed, {} revoked, {} requests held, {took:?}",
+            report.confirmed,
+            report.revoked,
+            report.held
+        ),
+        How::Resent => tracing::info!("serving {shown} again: unanswered requests were resent"),
+        How::Nothing => tracing::warn!(
+            "serving {shown} again; this kernel loses the requests that the last server had read"
+        ),
+    }
+    adopted
+        .session
+        .run()
+        .with_context(|| format!("the session of {shown} ended"))?;
+    // Unmounted: nothing is in use any more.
+    server.yard.clear(server.backing.root());
+    tracing::info!("{shown} was unmounted");
+    Ok(ExitCode::SUCCESS)
+}
