@@ -32,6 +32,7 @@ mod tests;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, SealFlag};
 use nix::sys::memfd::{memfd_create, MFdFlags};
 
@@ -140,8 +141,8 @@ impl State {
     /// # Errors
     /// [`StateError`] says why the memfd is not the state of this file system; its content was not changed then.
     pub fn open(fd: OwnedFd, identity: Identity, config: &Config) -> Result<State, StateError> {
-        lock(fd.as_fd())?;
         let size = size_of_file(fd.as_fd())?;
+        lock(fd.as_fd())?;
         let found = header::inspect(fd.as_fd(), size)?;
         let layout = match found {
             Found::Empty => Layout::of(config)?,
@@ -268,8 +269,10 @@ fn size_of_file(fd: BorrowedFd<'_>) -> Result<u64, StateError> {
 /// Refuses a state that another process uses. The lock ends with the process, however it ends.
 fn lock(fd: BorrowedFd<'_>) -> Result<(), StateError> {
     let mut whole = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
-    if fcntl(fd, FcntlArg::F_SETLK(&whole)).is_ok() {
-        return Ok(());
+    match fcntl(fd, FcntlArg::F_SETLK(&whole)) {
+        Ok(_) => return Ok(()),
+        Err(Errno::EAGAIN | Errno::EACCES) => {}
+        Err(other) => return Err(StateError::io("locking")(other)),
     }
     fcntl(fd, FcntlArg::F_GETLK(&mut whole)).map_err(StateError::io("locking"))?;
     Err(StateError::InUse { pid: whole.l_pid.max(0) })
