@@ -1,0 +1,413 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Compiles a kernel and keeps what it takes to boot it and to read its
+//! reports, under a hash of everything that went in.
+//!
+//! Object directories stay, one a flavor and source, so that a changed patch
+//! costs seconds; a flavor without one starts from a copy of its sibling's.
+//! One build at a time: two cores gain nothing from two.
+
+use super::{
+    config, flavor::Flavor, series, source, source::hex, source::Source, tools::Tools, Built,
+};
+use crate::paths::Paths;
+use crate::ui;
+use anyhow::{bail, Context, Result};
+use nix::fcntl::{Flock, FlockArg};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+/// Raised when the way of building changes in a way the hash does not see.
+const FORMAT: u32 = 1;
+/// Finished kernels kept of each flavor.
+const KEEP: usize = 4;
+/// Marks an object directory that a whole build has gone through.
+const COMPLETE: &str = ".complete";
+
+/// A finished kernel for exactly the present inputs, if there is one and
+/// nothing has to be set up to know.
+pub fn quick(paths: &Paths, flavor: Flavor) -> Result<Option<Built>> {
+    let (Some(source), Ok(tools)) = (source::present(paths), Tools::find(paths)) else {
+        return Ok(None);
+    };
+    let hash = input_hash(paths, flavor, &source, &tools)?;
+    Ok(finished(paths, flavor, &hash))
+}
+
+pub fn build(paths: &Paths, flavor: Flavor) -> Result<Built> {
+    let _lock = lock(paths)?;
+    crate::setup::ensure(crate::setup::Need::Kernel)?;
+    let tools = Tools::set_up(paths)?;
+    let source = source::get(paths)?;
+    let hash = input_hash(paths, flavor, &source, &tools)?;
+    if let Some(built) = finished(paths, flavor, &hash) {
+        return Ok(built);
+    }
+    let start = Instant::now();
+    let name = flavor.name();
+    let patches = patches(paths, flavor)?;
+    let objects = paths.cache_dir("build")?.join(&source.key).join(name);
+    let log = paths.cache.join(format!("logs/{name}.log"));
+    let _ = fs::remove_file(&log);
+
+    adopt_sibling(&objects, flavor)?;
+    let fresh = !objects.join(COMPLETE).exists();
+    let effort = if fresh {
+        format!("about {} minutes on 2 cores", flavor.minutes())
+    } else {
+        "only what changed".into()
+    };
+    ui::step(format!(
+        "building the {name} kernel ({} patches, {effort}; log: {})",
+        patches.len(),
+        log.display()
+    ));
+    fs::create_dir_all(&objects)?;
+    let written = series::apply(&source, &patches)?;
+    if written > 0 {
+        ui::step(format!("series: {written} files of the tree written"));
+    }
+    let wanted = wanted(paths, flavor, &source, !patches.is_empty())?;
+    let fragment = objects.join("wanted.config");
+    fs::write(&fragment, config::render(&wanted))?;
+    let mut c = tools.make(&source.tree, &objects, flavor.arch());
+    c.env("KCONFIG_ALLCONFIG", &fragment).arg("allnoconfig");
+    ui::run_logged(&mut c, &log, &format!("configuring {name}"))?;
+    let dot_config = fs::read_to_string(objects.join(".config")).context("make left no .config")?;
+    config::verify(&wanted, &dot_config)?;
+
+    let (target, image) = flavor.target();
+    let jobs = std::thread::available_parallelism().map_or(2, |n| n.get());
+    let mut c = tools.make(&source.tree, &objects, flavor.arch());
+    c.arg(format!("-j{jobs}")).arg(target);
+    ui::run_logged(&mut nice(c), &log, &format!("building {name}"))?;
+    fs::write(objects.join(COMPLETE), "")?;
+
+    let info = json!({
+        "flavor": name, "source": source.id, "patches": patches.len(), "toolchain": tools.id,
+        "series": series::hash(&patches)?, "built_seconds": start.elapsed().as_secs(),
+    });
+    let built = keep(paths, flavor, &hash, &objects, image, &info)?;
+    ui::step(format!(
+        "{name} kernel ready after {}: {}",
+        ui::clock(start.elapsed()),
+        built.image.display()
+    ));
+    Ok(built)
+}
+
+fn patches(paths: &Paths, flavor: Flavor) -> Result<Vec<PathBuf>> {
+    if flavor.series() {
+        series::list(&paths.patches())
+    } else {
+        Ok(vec![])
+    }
+}
+
+fn input_hash(paths: &Paths, flavor: Flavor, source: &Source, tools: &Tools) -> Result<String> {
+    let mut h = Sha256::new();
+    for part in [&FORMAT.to_string(), flavor.name(), &source.id, &tools.id] {
+        h.update(part.as_bytes());
+        h.update([0]);
+    }
+    h.update(series::hash(&patches(paths, flavor)?)?);
+    for text in fragments(paths, flavor, true)? {
+        h.update(text.as_bytes());
+        h.update([0]);
+    }
+    Ok(hex(&h.finalize())[..12].to_string())
+}
+
+fn fragments(paths: &Paths, flavor: Flavor, with_series: bool) -> Result<Vec<String>> {
+    let mut names = flavor.fragments().to_vec();
+    if with_series && flavor.series() {
+        names.push("series");
+        if names.contains(&"checks") {
+            names.push("series-checks");
+        }
+    }
+    names
+        .into_iter()
+        .map(|n| {
+            let p = paths.config(n);
+            fs::read_to_string(&p).with_context(|| p.display().to_string())
+        })
+        .collect()
+}
+
+/// The series' own symbols are asked for only if the tree has them: a series
+/// under construction may not have come that far.
+fn wanted(
+    paths: &Paths,
+    flavor: Flavor,
+    source: &Source,
+    patched: bool,
+) -> Result<config::Symbols> {
+    let kconfig = fs::read_to_string(source.tree.join("fs/fuse/Kconfig")).unwrap_or_default();
+    let mut wanted = config::merge(&fragments(paths, flavor, patched)?);
+    wanted.retain(|s, _| !s.starts_with("CONFIG_FUSE_RESTART") || defines(&kconfig, s));
+    Ok(wanted)
+}
+
+fn defines(kconfig: &str, symbol: &str) -> bool {
+    let name = symbol.trim_start_matches("CONFIG_");
+    kconfig
+        .lines()
+        .any(|l| l.split_whitespace().eq(["config", name]))
+}
+
+/// A flavor that was never built starts from its sibling's objects: all but
+/// what the series touches is the same.
+fn adopt_sibling(objects: &Path, flavor: Flavor) -> Result<()> {
+    if objects.join(COMPLETE).exists() {
+        return Ok(());
+    }
+    let Some(donor) = flavor.sibling().map(|s| objects.with_file_name(s.name())) else {
+        return Ok(());
+    };
+    if !donor.join(COMPLETE).exists() {
+        return Ok(());
+    }
+    ui::step(format!(
+        "starting from the objects of the {} kernel",
+        flavor.sibling().map_or("", Flavor::name)
+    ));
+    let part = objects.with_extension("part");
+    let _ = fs::remove_dir_all(&part);
+    let _ = fs::remove_dir_all(objects);
+    let status = Command::new("cp")
+        .args(["-a", "--reflink=auto"])
+        .arg(&donor)
+        .arg(&part)
+        .status()?;
+    if !status.success() {
+        bail!(
+            "cannot copy {} to {}: disk full?",
+            donor.display(),
+            part.display()
+        );
+    }
+    // An interrupted first build must not pass for a complete one.
+    fs::remove_file(part.join(COMPLETE))?;
+    Ok(fs::rename(&part, objects)?)
+}
+
+fn result_dir(paths: &Paths, flavor: Flavor, hash: &str) -> PathBuf {
+    paths
+        .cache
+        .join("kernels")
+        .join(format!("{}-{hash}", flavor.name()))
+}
+
+fn finished(paths: &Paths, flavor: Flavor, hash: &str) -> Option<Built> {
+    let dir = result_dir(paths, flavor, hash);
+    let image = dir.join("kernel");
+    image.is_file().then(|| Built {
+        name: flavor.name(),
+        hash: hash.into(),
+        dir,
+        image,
+    })
+}
+
+fn keep(
+    paths: &Paths,
+    flavor: Flavor,
+    hash: &str,
+    objects: &Path,
+    image: &str,
+    info: &serde_json::Value,
+) -> Result<Built> {
+    let dir = result_dir(paths, flavor, hash);
+    paths.cache_dir("kernels")?;
+    let part = dir.with_extension("part");
+    let _ = fs::remove_dir_all(&part);
+    fs::create_dir_all(&part)?;
+    for (from, to) in [
+        (image, "kernel"),
+        ("System.map", "System.map"),
+        (".config", "config"),
+        ("vmlinux", "vmlinux"),
+    ] {
+        let from = objects.join(from);
+        fs::copy(&from, part.join(to)).with_context(|| from.display().to_string())?;
+    }
+    fs::write(part.join("info.json"), serde_json::to_vec_pretty(info)?)?;
+    let _ = fs::remove_dir_all(&dir);
+    fs::rename(&part, &dir)?;
+    prune(&paths.cache.join("kernels"), flavor.name(), KEEP);
+    finished(paths, flavor, hash).context("the finished kernel vanished")
+}
+
+fn prune(kernels: &Path, name: &str, keep: usize) {
+    let Ok(entries) = fs::read_dir(kernels) else {
+        return;
+    };
+    let mut all: Vec<_> = entries
+        .filter_map(|e| {
+            let e = e.ok()?;
+            let hash = e
+                .file_name()
+                .to_str()?
+                .strip_prefix(name)?
+                .strip_prefix('-')?
+                .to_string();
+            (hash.len() == 12 && hash.bytes().all(|b| b.is_ascii_hexdigit()))
+                .then_some((e.metadata().ok()?.modified().ok()?, e.path()))
+        })
+        .collect();
+    all.sort();
+    for (_, old) in all.iter().take(all.len().saturating_sub(keep)) {
+        let _ = fs::remove_dir_all(old);
+    }
+}
+
+fn nice(c: Command) -> Command {
+    let mut n = Command::new("nice");
+    n.arg(c.get_program()).args(c.get_args());
+    if let Some(dir) = c.get_current_dir() {
+        n.current_dir(dir);
+    }
+    n.env_clear();
+    n.envs(c.get_envs().filter_map(|(k, v)| Some((k, v?))));
+    n
+}
+
+fn lock(paths: &Paths) -> Result<Flock<File>> {
+    let path = paths.cache.join("build.lock");
+    let open = || {
+        File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+    };
+    match Flock::lock(open()?, FlockArg::LockExclusiveNonblock) {
+        Ok(l) => Ok(l),
+        Err(_) => {
+            ui::step("another build is running; waiting for it");
+            Flock::lock(open()?, FlockArg::LockExclusive)
+                .map_err(|(_, e)| e)
+                .context("build.lock")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lab() -> (tempfile::TempDir, Paths, Source, Tools) {
+        let dir = tempfile::tempdir().unwrap();
+        let repo = dir.path().join("repo");
+        fs::create_dir_all(repo.join("qemu/config")).unwrap();
+        for n in [
+            "common",
+            "um",
+            "x86",
+            "checks",
+            "debug",
+            "series",
+            "series-checks",
+        ] {
+            fs::write(
+                repo.join(format!("qemu/config/{n}.config")),
+                format!("CONFIG_{}=y\n", n.to_uppercase()),
+            )
+            .unwrap();
+        }
+        let paths = Paths {
+            repo,
+            cache: dir.path().join("cache"),
+        };
+        fs::create_dir_all(paths.patches()).unwrap();
+        let home = dir.path().join("src");
+        let source = Source {
+            key: "k".into(),
+            id: "7.3.4".into(),
+            tree: home.join("linux"),
+            home,
+        };
+        (dir, paths, source, Tools::fake("clang 19"))
+    }
+
+    #[test]
+    fn the_hash_follows_each_input() {
+        let (_dir, paths, mut source, tools) = lab();
+        let h = |p: &Paths, s: &Source, t: &Tools, f| input_hash(p, f, s, t).unwrap();
+        let base = h(&paths, &source, &tools, Flavor::Patched);
+        let stock = h(&paths, &source, &tools, Flavor::Stock);
+        assert_ne!(base, stock);
+        assert_ne!(
+            base,
+            h(&paths, &source, &Tools::fake("clang 20"), Flavor::Patched)
+        );
+        fs::write(paths.patches().join("0001-x.patch"), "x").unwrap();
+        assert_ne!(base, h(&paths, &source, &tools, Flavor::Patched));
+        assert_eq!(
+            stock,
+            h(&paths, &source, &tools, Flavor::Stock),
+            "stock has no series"
+        );
+        fs::write(paths.config("x86"), "CONFIG_OTHER=y\n").unwrap();
+        assert_ne!(stock, h(&paths, &source, &tools, Flavor::Stock));
+        let before = h(&paths, &source, &tools, Flavor::Uml);
+        source.id = "7.3.5".into();
+        assert_ne!(before, h(&paths, &source, &tools, Flavor::Uml));
+    }
+
+    #[test]
+    fn series_symbols_only_where_the_tree_has_them() {
+        let (_dir, paths, source, _) = lab();
+        fs::write(paths.config("series"), "CONFIG_FUSE_RESTART=y\n").unwrap();
+        let has = |s: &Source| {
+            wanted(&paths, Flavor::Patched, s, true)
+                .unwrap()
+                .contains_key("CONFIG_FUSE_RESTART")
+        };
+        assert!(!has(&source));
+        fs::create_dir_all(source.tree.join("fs/fuse")).unwrap();
+        fs::write(
+            source.tree.join("fs/fuse/Kconfig"),
+            "config FUSE_RESTART\n\tbool\n",
+        )
+        .unwrap();
+        assert!(has(&source));
+        assert!(!wanted(&paths, Flavor::Stock, &source, false)
+            .unwrap()
+            .contains_key("CONFIG_FUSE_RESTART"));
+        assert!(defines("config  FUSE_RESTART", "CONFIG_FUSE_RESTART"));
+        assert!(!defines("config FUSE_RESTART_KUNIT", "CONFIG_FUSE_RESTART"));
+    }
+
+    #[test]
+    fn a_sibling_gives_its_objects_but_not_its_completeness() {
+        let dir = tempfile::tempdir().unwrap();
+        let (stock, patched) = (dir.path().join("stock"), dir.path().join("patched"));
+        fs::create_dir(&stock).unwrap();
+        fs::write(stock.join("a.o"), "o").unwrap();
+        adopt_sibling(&patched, Flavor::Patched).unwrap();
+        assert!(!patched.exists(), "an incomplete donor gives nothing");
+        fs::write(stock.join(COMPLETE), "").unwrap();
+        adopt_sibling(&patched, Flavor::Patched).unwrap();
+        assert!(patched.join("a.o").exists() && !patched.join(COMPLETE).exists());
+    }
+
+    #[test]
+    fn old_kernels_go_but_not_those_of_others() {
+        let dir = tempfile::tempdir().unwrap();
+        for n in [
+            "uml-000000000001",
+            "uml-000000000002",
+            "uml-stock-000000000003",
+        ] {
+            fs::create_dir(dir.path().join(n)).unwrap();
+        }
+        prune(dir.path(), "uml", 1);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+        assert!(dir.path().join("uml-stock-000000000003").exists());
+    }
+}

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: GPL-2.0
+//! All checks, cheap ones first. Ends with `N passed, N failed`: N counts cargo
+//! tests one by one and every other check as one.
+
+use super::smoke;
+use crate::kernel::{self, flavor::Flavor};
+use crate::paths::Paths;
+use crate::setup::{self, Need};
+use crate::ui;
+use anyhow::{Context, Result};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+/// Run all checks: format, lints, unit tests, the series, guests
+///
+/// From nothing under 50 minutes on two cores, most of it kernels; warm under 10.
+#[derive(clap::Args)]
+#[command(verbatim_doc_comment)]
+pub struct TestArgs {
+    /// Only what needs no kernel
+    #[arg(long)]
+    host: bool,
+    /// Guests with the debug kernel as well (builds it: 14 minutes more, once)
+    #[arg(long)]
+    debug_kernel: bool,
+}
+
+/// What was found so far.
+#[derive(Default)]
+pub struct Tally {
+    pub passed: u32,
+    pub failed: u32,
+    failures: Vec<String>,
+}
+
+impl Tally {
+    pub fn check(&mut self, name: &str, what: impl FnOnce() -> Result<()>) {
+        let start = Instant::now();
+        ui::step(format!("check: {name}"));
+        match what() {
+            Ok(()) => {
+                self.passed += 1;
+                ui::step(format!("ok: {name} ({})", ui::clock(start.elapsed())));
+            }
+            Err(e) => self.fail(name, &format!("{e:#}")),
+        }
+    }
+
+    fn fail(&mut self, name: &str, why: &str) {
+        self.failed += 1;
+        eprintln!("FAILED: {name}: {why}");
+        self.failures.push(name.to_string());
+    }
+
+    fn finish(&self) -> ExitCode {
+        for f in &self.failures {
+            println!("failed: {f}");
+        }
+        println!("{} passed, {} failed", self.passed, self.failed);
+        ExitCode::from(u8::from(self.failed > 0 || self.passed == 0))
+    }
+}
+
+pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
+    let mut tally = Tally::default();
+    tally.check("cargo fmt", || cargo(paths, &["fmt", "--all", "--check"]));
+    tally.check("cargo clippy", || {
+        cargo(
+            paths,
+            &[
+                "clippy",
+                "--workspace",
+                "--all-targets",
+                "--locked",
+                "--",
+                "-D",
+                "warnings",
+            ],
+        )
+    });
+    cargo_tests(paths, &mut tally);
+    if args.host {
+        return Ok(tally.finish());
+    }
+    tally.check("packages for guests", || setup::ensure(Need::Guest));
+    tally.check("packages for QEMU", || setup::ensure(Need::Qemu));
+    let mut flavors = vec![Flavor::Uml, Flavor::Stock, Flavor::Patched];
+    flavors.extend(args.debug_kernel.then_some(Flavor::Debug));
+    for f in flavors {
+        tally.check(&format!("kernel {}", f.name()), || {
+            kernel::ensure(paths, f).map(drop)
+        });
+    }
+    smoke::run(paths, &mut tally, args.debug_kernel);
+    Ok(tally.finish())
+}
+
+fn cargo(paths: &Paths, args: &[&str]) -> Result<()> {
+    let status = Command::new("cargo")
+        .args(args)
+        .current_dir(&paths.repo)
+        .stdin(Stdio::null())
+        .status()
+        .context("cannot run cargo")?;
+    anyhow::ensure!(status.success(), "cargo {} ended with {status}", args[0]);
+    Ok(())
+}
+
+fn cargo_tests(paths: &Paths, tally: &mut Tally) {
+    ui::step("check: cargo test");
+    let out = Command::new("cargo")
+        .args([
+            "test",
+            "--workspace",
+            "--locked",
+            "--no-fail-fast",
+            "--color=never",
+        ])
+        .current_dir(&paths.repo)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output();
+    let out = match out {
+        Ok(o) => o,
+        Err(e) => return tally.fail("cargo test", &e.to_string()),
+    };
+    let text = String::from_utf8_lossy(&out.stdout);
+    let (passed, failed) = count(&text);
+    tally.passed += passed;
+    if !out.status.success() || passed == 0 {
+        println!("{text}");
+        tally.fail(
+            "cargo test",
+            &format!("{failed} tests failed, {}", out.status),
+        );
+        tally.failed += failed.saturating_sub(1);
+    } else {
+        ui::step(format!("ok: cargo test ({passed} tests)"));
+    }
+}
+
+/// Adds up the `test result:` lines of all test programs.
+fn count(text: &str) -> (u32, u32) {
+    let number = |line: &str, word: &str| -> u32 {
+        let before = line.split(word).next().unwrap_or_default().trim();
+        before
+            .rsplit(' ')
+            .next()
+            .and_then(|n| n.parse().ok())
+            .unwrap_or(0)
+    };
+    text.lines()
+        .filter(|l| l.starts_with("test result:"))
+        .fold((0, 0), |(p, f), l| {
+            (p + number(l, " passed"), f + number(l, " failed"))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cargo_results_add_up() {
+        let text = "\
+test a ... ok
+test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s
+test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s
+";
+        assert_eq!(count(text), (15, 2));
+        assert_eq!(count(""), (0, 0));
+    }
+
+    #[test]
+    fn a_failure_is_counted_and_named() {
+        let mut t = Tally::default();
+        t.check("good", || Ok(()));
+        t.check("bad", || anyhow::bail!("no"));
+        assert_eq!(
+            (t.passed, t.failed, t.failures.clone()),
+            (1, 1, vec!["bad".to_string()])
+        );
+    }
+}
