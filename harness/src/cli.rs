@@ -26,7 +26,7 @@ enum Command {
     /// Measure
     Bench,
     /// Show the main job: a workload whose server is killed again and again
-    Demo,
+    Demo(crate::demo::Args),
     /// Run the scenarios against the running kernel
     Scenario,
 }
@@ -38,7 +38,7 @@ pub fn main() -> ExitCode {
         Command::Serve(which) => crate::serve::run(&which),
         Command::Status(args) => crate::status::run(args),
         Command::Bench => not_yet("bench"),
-        Command::Demo => not_yet("demo"),
+        Command::Demo(args) => crate::demo::run(args),
         Command::Scenario => not_yet("scenario"),
     };
     result.unwrap_or_else(|e| {

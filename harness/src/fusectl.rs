@@ -72,7 +72,6 @@ pub fn recovery(connection: u32) -> io::Result<Option<Recovery>> {
 }
 
 /// Requests that applications wait for now (sent or queued).
-#[allow(dead_code)] // for the demo, which is on its way
 pub fn waiting(connection: u32) -> io::Result<u64> {
     let text = fs::read_to_string(directory(connection).join("waiting"))?;
     text.trim()

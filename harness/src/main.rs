@@ -2,6 +2,7 @@
 //! `fuse-restart`: keep a FUSE mount alive while its server dies and comes back.
 
 mod cli;
+mod demo;
 mod fusectl;
 mod keep;
 mod serve;

@@ -177,6 +177,7 @@ mod tests {
             mountpoint: "/m".into(),
             keeper_pid: 1,
             keeper_state: "running".into(),
+            held_back: false,
             server_pid: None,
             server_command: "s".into(),
             restarts: 3,

@@ -17,6 +17,8 @@ pub struct Status {
     /// What the keeper does: `running`, `clearing` (killing remains), `waiting` (back-off), `paused` (SIGUSR1),
     /// `unmounting`.
     pub keeper_state: String,
+    /// Restarts are held back (SIGUSR1).
+    pub held_back: bool,
     /// None while no instance runs.
     pub server_pid: Option<i32>,
     pub server_command: String,
@@ -51,6 +53,7 @@ pub fn file_name(mountpoint: &Path) -> String {
 /// Writes and at the end removes one status file.
 pub struct StatusFile {
     path: PathBuf,
+    written: Option<Status>,
 }
 
 impl StatusFile {
@@ -61,6 +64,7 @@ impl StatusFile {
                 Ok(()) => {
                     return Ok(Self {
                         path: dir.join(file_name(mountpoint)),
+                        written: None,
                     })
                 }
                 Err(e) => last = io::Error::new(e.kind(), format!("{}: {e}", dir.display())),
@@ -70,12 +74,17 @@ impl StatusFile {
     }
 
     /// Atomic: a reader sees the old or the new one.
-    pub fn write(&self, status: &Status) -> io::Result<()> {
+    pub fn write(&mut self, status: &Status) -> io::Result<()> {
+        if self.written.as_ref() == Some(status) {
+            return Ok(());
+        }
         let fresh = self.path.with_extension("new");
         let mut file = fs::File::create(&fresh)?;
         serde_json::to_writer(&mut file, status)?;
         file.write_all(b"\n")?;
-        fs::rename(&fresh, &self.path)
+        fs::rename(&fresh, &self.path)?;
+        self.written = Some(status.clone());
+        Ok(())
     }
 }
 
@@ -130,13 +139,15 @@ mod tests {
     #[test]
     fn written_whole_and_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let file = StatusFile {
+        let mut file = StatusFile {
             path: dir.path().join("s.json"),
+            written: None,
         };
         let status = Status {
             mountpoint: "/m".into(),
             keeper_pid: 1,
             keeper_state: "running".into(),
+            held_back: false,
             server_pid: Some(2),
             server_command: "x".into(),
             restarts: 3,

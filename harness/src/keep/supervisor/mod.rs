@@ -4,13 +4,15 @@
 //! It waits in poll(2) only, for a signal, the server's death (pidfd), the end of an unmount, or the next deadline,
 //! and never asks the mounted file system anything: that could wait for the server which only this loop can start.
 
+mod ending;
+
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{anyhow, Context, Result};
+use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::memfd::{memfd_create, MFdFlags};
@@ -18,7 +20,7 @@ use nix::sys::signal::{kill, SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use super::backoff::{Backoff, Decision};
 use super::events::{Event, EventLog};
@@ -27,8 +29,8 @@ use super::remains::Remains;
 use super::spawn::{Instance, Program};
 use super::status_file::{Status, StatusFile};
 use super::tell::{self, Told};
-use super::unmounter::{How, Unmounter};
-use super::{busy, Args};
+use super::unmounter::Unmounter;
+use super::Args;
 use crate::fusectl;
 
 /// How long a server gets to end by itself when asked to.
@@ -128,6 +130,7 @@ impl Supervisor {
             mountpoint: mountpoint.display().to_string(),
             keeper_pid: std::process::id() as i32,
             keeper_state: "waiting".into(),
+            held_back: false,
             server_pid: None,
             server_command: shell_words(&args.server),
             restarts: 0,
@@ -421,120 +424,6 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Unmounted, by us or from outside, or aborted.
-    fn on_connection_gone(&mut self, dead: &Dead) -> Result<Option<End>> {
-        if !self.mounted || !mount::still_mounted(&self.mountpoint, self.connection) {
-            if self.mounted {
-                self.mounted = false;
-                info!(
-                    "{} was unmounted from outside; nothing left to keep",
-                    self.status.mountpoint
-                );
-                self.log.write(Event::Unmounted {
-                    how: "from outside".into(),
-                });
-            }
-            return Ok(Some(End::Clean));
-        }
-        let reason = format!(
-            "the kernel's connection of {} was aborted (through {} or by a time limit), and the server {}: open files are lost; start the keeper again",
-            self.status.mountpoint,
-            fusectl::directory(self.connection).join("abort").display(),
-            describe(dead.status)
-        );
-        Ok(Some(self.give_up(reason)))
-    }
-
-    /// SIGTERM or SIGINT.
-    fn on_stop_request(&mut self) -> Result<()> {
-        self.stop_requests += 1;
-        if !self.mounted {
-            return Ok(());
-        }
-        if self.unmounter.running() {
-            // It waits for somebody, and whoever sends this does not want to.
-            return self.unmount_by_force();
-        }
-        // Writeback may need a server: do not keep one back.
-        self.paused = false;
-        if let Phase::Waiting(due @ None) = &mut self.phase {
-            *due = Some(Instant::now());
-        }
-        self.unmounter.start(if self.unmounter.was_busy() {
-            How::Lazily
-        } else {
-            How::Clean
-        });
-        Ok(())
-    }
-
-    fn unmount_by_force(&mut self) -> Result<()> {
-        match mount::unmount_by_force(&self.mountpoint) {
-            Ok(()) => self.unmounted("by force"),
-            Err(e) => error!("cannot unmount {} by force: {e}", self.status.mountpoint),
-        }
-        Ok(())
-    }
-
-    /// The unmounter has come to an end.
-    fn on_unmounted(&mut self, how: How, result: nix::Result<()>) {
-        match result {
-            Ok(()) => self.unmounted(how.name()),
-            // Somebody else was faster.
-            Err(Errno::EINVAL | Errno::ENOENT)
-                if !mount::still_mounted(&self.mountpoint, self.connection) =>
-            {
-                self.unmounted("from outside")
-            }
-            Err(Errno::EBUSY) => {
-                let holders = busy::holders(&self.mountpoint);
-                let list: Vec<_> = holders
-                    .iter()
-                    .map(|h| format!("{} ({}: {})", h.pid, h.name, h.how))
-                    .collect();
-                let who = match list.is_empty() {
-                    true => "by something that is no process (a mount below it, a loop device, another namespace: see findmnt and losetup)".into(),
-                    false => format!("by {}", list.join(", ")),
-                };
-                error!(
-                    "{} is busy, held {who}; still serving. End what uses it and send SIGTERM to {}, or send SIGTERM now to detach it under them",
-                    self.status.mountpoint,
-                    self.status.keeper_pid
-                );
-                self.log.write(Event::Busy {
-                    pids: holders.iter().map(|h| h.pid).collect(),
-                });
-            }
-            Err(e) => error!(
-                "cannot unmount {}: {e}; still serving",
-                self.status.mountpoint
-            ),
-        }
-    }
-
-    fn unmounted(&mut self, how: &str) {
-        if !std::mem::replace(&mut self.mounted, false) {
-            return;
-        }
-        self.log.write(Event::Unmounted { how: how.into() });
-        match how {
-            "clean" | "from outside" => info!("unmounted {} ({how})", self.status.mountpoint),
-            _ => warn!(
-                "unmounted {} {how}: whoever still has files open there gets errors from now on",
-                self.status.mountpoint
-            ),
-        }
-        match &self.phase {
-            Phase::Running(instance) => {
-                let pid = instance.pid;
-                self.ask_to_end(pid);
-            }
-            // on_time ends it through restart(): no server is wanted any more.
-            Phase::Waiting(_) => self.phase = Phase::Waiting(Some(Instant::now())),
-            Phase::Clearing { .. } => {}
-        }
-    }
-
     // ---- what is done ----
 
     fn start(&mut self) -> Result<()> {
@@ -605,31 +494,6 @@ impl Supervisor {
         Ok(())
     }
 
-    fn give_up(&mut self, reason: String) -> End {
-        self.log.write(Event::GaveUp {
-            reason: reason.clone(),
-        });
-        self.take_mount_away();
-        End::Failed(anyhow!(
-            "gave up: {reason}; {} is unmounted. What the server wrote to stderr is above; repair it and start the keeper again",
-            self.status.mountpoint
-        ))
-    }
-
-    fn take_mount_away(&mut self) {
-        if std::mem::replace(&mut self.mounted, false) {
-            match mount::unmount_by_force(&self.mountpoint) {
-                Ok(()) => self.log.write(Event::Unmounted {
-                    how: "by force".into(),
-                }),
-                Err(e) => error!(
-                    "cannot unmount {}: {e}; try: umount -l {0}",
-                    self.status.mountpoint
-                ),
-            }
-        }
-    }
-
     fn publish(&mut self) {
         let state = match &self.phase {
             Phase::Running(_) if self.unmounter.running() => "unmounting",
@@ -639,25 +503,11 @@ impl Supervisor {
             Phase::Waiting(Some(_)) => "waiting",
         };
         self.status.keeper_state = state.into();
-        if let Some(file) = &self.status_file {
+        self.status.held_back = self.paused;
+        if let Some(file) = &mut self.status_file {
             if let Err(e) = file.write(&self.status) {
                 warn!("status file: {e}; `fuse-restart status` will not find this mount");
                 self.status_file = None;
-            }
-        }
-    }
-}
-
-impl Drop for Supervisor {
-    /// However the keeper ends, no mount and no server stays behind.
-    fn drop(&mut self) {
-        self.take_mount_away();
-        if let Phase::Running(instance) = &self.phase {
-            let pid = instance.pid;
-            self.remains.kill(pid);
-            while !self.remains.gone(pid) {
-                self.remains.kill(pid);
-                std::thread::sleep(KILL_AGAIN);
             }
         }
     }
