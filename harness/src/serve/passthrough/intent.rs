@@ -9,7 +9,7 @@
 
 use std::ffi::{CStr, CString};
 
-use rust_fuse_notify::std::state::journal;
+use rust_fuse_notify::std::state as journal;
 
 use super::handle::Handle;
 

@@ -116,10 +116,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         opts,
         nofile,
     ));
-    state
-        .nodes()
-        .set_root(&server.describe_root()?)
-        .context("cannot enter the root in the node table")?;
+    state.nodes().set_root(&server.describe_root()?);
     if first {
         // Left by a mount that ended without an unmount; nobody uses it any more.
         server.sweep_graves();
