@@ -4,11 +4,10 @@
 //! RESTARTED at once, long before a new server runs: from then on the kernel holds every request and wakes nobody in
 //! vain. The new server says it again for itself. Kernels without the series get RESEND, which is all they know.
 
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 
 use rust_fuse_notify::std::notify::{Notifier, NotifyError};
+use rust_fuse_notify::std::state::{Stage, State};
 use rust_fuse_notify::std::wire::Identity;
 
 /// What came of it.
@@ -45,8 +44,7 @@ pub fn server_died(device: &OwnedFd, init_stored: bool) -> Told {
     }
 }
 
-/// Does the memfd hold anything? The library writes the INIT pair before it answers INIT.
-pub fn state_in_use(state: &File) -> bool {
-    let mut first = [0u8; 8];
-    matches!(state.read_at(&mut first, 0), Ok(8)) && first != [0; 8]
+/// Does the memfd say that INIT was answered? A damaged one is left to the next server, which says what is wrong.
+pub fn init_stored(state: &OwnedFd) -> bool {
+    !matches!(State::peek(state.as_fd()), Ok(Stage::BeforeInit))
 }

@@ -6,7 +6,6 @@
 
 mod ending;
 
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,11 +14,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::memfd::{memfd_create, MFdFlags};
 use nix::sys::signal::{kill, SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
+use rust_fuse_notify::std::state::State;
 use tracing::{info, warn};
 
 use super::backoff::{Backoff, Decision};
@@ -81,7 +80,7 @@ pub struct Supervisor {
     mountpoint: PathBuf,
     options: MountOptions,
     device: OwnedFd,
-    state: File,
+    state: OwnedFd,
     connection: u32,
     mounted: bool,
     remains: Remains,
@@ -357,7 +356,7 @@ impl Supervisor {
         if !self.mounted || mount::connection_gone(&self.device) {
             return self.on_connection_gone(&dead);
         }
-        let told = tell::server_died(&self.device, tell::state_in_use(&self.state));
+        let told = tell::server_died(&self.device, tell::init_stored(&self.state));
         self.log.write(Event::Cleared {
             pid: dead.pid.as_raw(),
             took_ns: since.elapsed().as_nanos() as u64,
@@ -521,11 +520,9 @@ fn block_signals() -> Result<SignalFd> {
     SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")
 }
 
-/// Not sealed: the library decides how large it must be. It outlives every server, and dies with the keeper.
-fn new_state() -> Result<File> {
-    memfd_create(c"fuse-restart-state", MFdFlags::MFD_CLOEXEC)
-        .map(File::from)
-        .context("memfd for the server's state")
+/// The library decides how large it must be. It outlives every server, and dies with the keeper.
+fn new_state() -> Result<OwnedFd> {
+    State::create_memfd().context("memfd for the server's state")
 }
 
 fn readable(fd: &OwnedFd) -> bool {
