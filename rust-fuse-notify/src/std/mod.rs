@@ -3,6 +3,7 @@
 #![deny(missing_docs)]
 
 pub mod adopt;
+mod device;
 pub mod listen;
 pub mod message;
 pub mod notify;

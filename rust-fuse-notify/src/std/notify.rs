@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use zerocopy::IntoBytes;
 
+use super::device;
 use super::wire::{
     Identity, OutHeader, RestartedOut, COOKIE_BIT, FUSE_NOTIFY_POLL, FUSE_NOTIFY_RESEND, FUSE_NOTIFY_RESTARTED,
     FUSE_RESTARTED_COMMIT,
@@ -176,13 +177,7 @@ impl<'fd> Notifier<'fd> {
         let mut message = Vec::with_capacity(header.len as usize);
         message.extend_from_slice(header.as_bytes());
         message.extend_from_slice(body);
-        loop {
-            match nix::unistd::write(self.as_fd(), &message) {
-                Err(Errno::EINTR) => continue,
-                // The device takes a message whole or not at all.
-                other => return other.map(drop),
-            }
-        }
+        device::write(self.as_fd(), &message)
     }
 }
 

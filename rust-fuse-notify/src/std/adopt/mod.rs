@@ -1,31 +1,52 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Taking over a connection: the library owns the handshake.
+//!
+//! A FUSE library such as `fuser` insists on answering INIT itself, and the kernel says INIT only once. So the
+//! library that runs the session never sees the real descriptor during its handshake: it gets one end of a
+//! socketpair, finds INIT there (the kernel's, or the one that was kept), answers it, and then the real descriptor
+//! is put under the number that it owns.
+//!
+//! ```text
+//! first start    INIT from the kernel -> session -> reply + identity -> memfd -> kernel
+//! later          RESTARTED -> resolve() -> replay()* -> report -> finish()
+//!                kept INIT -> session -> reply, compared -> COMMIT
+//! old kernel     resolve() -> finish(None) -> kept INIT -> session -> RESEND
+//! ```
+//!
+//! A server may be killed at any point of this. The next one begins again: RESTARTED voids what was, counts are
+//! *set*, and an INIT that was read and not answered lies in the memfd.
+
+mod error;
+mod handshake;
+mod recovery;
+
+#[cfg(test)]
+mod fake_kernel;
+#[cfg(test)]
+mod tests;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+
+pub use error::AdoptError;
+
+use super::device;
 use super::message::{Replay, Report};
-use super::notify::{Notifier, Support};
+use super::notify::{Notifier, NotifyError, Support};
 use super::state::State;
 use super::wire::{Attr, Identity};
-
-/// Why a connection could not be taken over.
-#[derive(Debug, thiserror::Error)]
-pub enum AdoptError {
-    /// Not implemented.
-    #[error("not yet")]
-    NotYet,
-}
 
 /// An error of the server's own.
 pub type ServerError = Box<dyn std::error::Error + Send + Sync>;
 
-/// What the author of a server says during a recovery. Nothing of it is called at the first start, but
+/// What the author of a server says during a recovery. At the first start nothing of it is called but
 /// [`Recover::identity`].
 pub trait Recover {
-    /// Which file system this is; the same in every instance.
+    /// Which file system this is; the same in every instance, and the one that the state was opened with.
     fn identity(&self) -> Identity;
 
     /// Resolve every intent of [`super::state::Journal::unresolved`]: find it done, finish it or undo it. Called
@@ -53,7 +74,7 @@ pub trait Recover {
 }
 
 /// How a connection was taken over.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
     /// First server on this mount; what a later one can expect.
     First(Support),
@@ -61,7 +82,7 @@ pub enum How {
     Recovered {
         /// The kernel's report.
         report: Report,
-        /// From RESTARTED to COMMIT.
+        /// From RESTARTED until COMMIT could be said.
         took: Duration,
     },
     /// The kernel sent unanswered requests again; it held nothing and replayed nothing.
@@ -89,23 +110,242 @@ pub struct Adopt {
 }
 
 impl Adopt {
-    /// `device` must be mounted (or about to be) and blocking.
+    /// `device` is mounted, and blocking if the session expects that (fuser does).
     pub fn new(device: OwnedFd, state: Arc<State>) -> Adopt {
         Adopt { device, state }
     }
 
     /// Takes the connection over. `session` gets a descriptor on which it finds INIT, answers it, and hands back
-    /// what owns that descriptor; with fuser: `|fd| Session::from_fd(fs, fd, acl, config)`.
+    /// what owns that descriptor, without reading on; with fuser: `|fd| Session::from_fd(fs, fd, acl, config)`.
     ///
     /// # Errors
-    /// [`AdoptError`]; the next instance can try again.
-    pub fn run<R, S, F>(self, _recover: &mut R, _session: F) -> Result<Adopted<S>, AdoptError>
+    /// [`AdoptError`]; unless it says that the mount is gone, the next instance can try again.
+    pub fn run<R, S, F>(self, recover: &mut R, session: F) -> Result<Adopted<S>, AdoptError>
     where
         R: Recover,
         S: AsFd,
         F: FnOnce(OwnedFd) -> io::Result<S>,
     {
-        let _ = (self.device, self.state);
-        Err(AdoptError::NotYet)
+        let (ours, state) = (recover.identity(), self.state.identity());
+        if ours != state {
+            return Err(AdoptError::WrongState { ours, state });
+        }
+        let fd = self.device.as_fd();
+        let (session, how) = match self.stage()? {
+            Stage::Unread => {
+                let request = self.read_init()?;
+                self.first(&request, ours, session)?
+            }
+            Stage::Read(request) => self.first(&request, ours, session)?,
+            Stage::JustAnswered => (self.play_again(session)?, How::First(self.support()?)),
+            Stage::Serving => self.later(recover, session)?,
+        };
+        handshake::put_under(fd, &session)?;
+        if let How::Recovered { .. } | How::First(Support::Granted) = how {
+            tracing::debug!(?how, "took the connection over");
+        }
+        Ok(Adopted { session, how: self.release(how, ours)?, notifier: Notifier::owned(self.device) })
+    }
+
+    /// What has to be said once the session is on the real descriptor.
+    fn release(&self, how: How, identity: Identity) -> Result<How, AdoptError> {
+        let notifier = Notifier::new(self.device.as_fd());
+        match how {
+            How::Recovered { report, took } => {
+                match notifier.commit(report.cookie, report.epoch, identity) {
+                    Ok(()) => Ok(How::Recovered { report, took }),
+                    Err(NotifyError::WrongEpoch { .. }) => Err(AdoptError::Superseded),
+                    Err(other) => Err(other.into()),
+                }
+            }
+            How::Resent => match notifier.resend() {
+                Ok(()) => Ok(How::Resent),
+                Err(NotifyError::NotUnderstood) if !self.is_gone()? => {
+                    tracing::warn!("this kernel has neither RESTARTED nor RESEND: requests that the dead server had read stay unanswered");
+                    Ok(How::Nothing)
+                }
+                Err(NotifyError::NotUnderstood) => Err(AdoptError::Gone),
+                Err(other) => Err(other.into()),
+            },
+            other => Ok(other),
+        }
+    }
+}
+
+/// How far earlier instances came with the handshake.
+enum Stage {
+    /// The kernel's INIT is unread.
+    Unread,
+    /// It was read, and the kernel waits for its answer.
+    Read(Vec<u8>),
+    /// The reply of an earlier instance has just been written.
+    JustAnswered,
+    /// The kernel had its answer before.
+    Serving,
+}
+
+impl Adopt {
+    fn stage(&self) -> Result<Stage, AdoptError> {
+        let (fd, init) = (self.device.as_fd(), self.state.init());
+        if init.is_answered() {
+            return Ok(Stage::Serving);
+        }
+        if let Some(reply) = init.reply() {
+            // Killed around its write: the kernel knows the request's id as long as it has no answer.
+            match device::write(fd, &reply) {
+                Ok(()) => {
+                    init.set_answered();
+                    return Ok(Stage::JustAnswered);
+                }
+                Err(Errno::ENOENT) if self.is_initialized()? => {
+                    init.set_answered();
+                    return Ok(Stage::Serving);
+                }
+                // A new mount with the memfd of one that never came to life.
+                Err(Errno::ENOENT) => return Ok(Stage::Unread),
+                Err(errno) => return Err(error::device("answering INIT for an instance that died")(errno)),
+            }
+        }
+        match init.request() {
+            // Before INIT is answered nothing else is to be read, so this one is new.
+            Some(_) if device::is_readable(fd).map_err(error::device("polling"))? => Ok(Stage::Unread),
+            Some(request) => Ok(Stage::Read(request)),
+            None => Ok(Stage::Unread),
+        }
+    }
+
+    fn is_initialized(&self) -> Result<bool, AdoptError> {
+        let notifier = Notifier::new(self.device.as_fd());
+        Ok(notifier.probe()? != Support::OldKernel || notifier.initialized()?)
+    }
+
+    fn is_gone(&self) -> Result<bool, AdoptError> {
+        device::is_gone(self.device.as_fd()).map_err(error::device("polling"))
+    }
+
+    fn read_init(&self) -> Result<Vec<u8>, AdoptError> {
+        let fd = self.device.as_fd();
+        // Reading would take a request from an application, which only the missing state could answer.
+        if Notifier::new(fd).probe()? != Support::OldKernel {
+            return Err(AdoptError::StateLost);
+        }
+        loop {
+            match self.state.init().read_request(fd) {
+                Ok(request) => return Ok(request),
+                Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
+                    Errno::EINTR | Errno::ENOENT => {}
+                    Errno::EAGAIN => device::wait_readable(fd).map_err(error::device("waiting for INIT"))?,
+                    errno => return Err(error::device("reading INIT")(errno)),
+                },
+            }
+        }
+    }
+
+    /// First start: the kernel's INIT goes to the session, the session's reply to the kernel.
+    fn first<S: AsFd>(
+        &self,
+        request: &[u8],
+        identity: Identity,
+        session: impl FnOnce(OwnedFd) -> io::Result<S>,
+    ) -> Result<(S, How), AdoptError> {
+        handshake::check_request(request)?;
+        let (session, mut reply) = handshake::play(request, session)?;
+        if handshake::is_signed(request, &reply) {
+            handshake::put_identity(&mut reply, identity);
+        }
+        let init = self.state.init();
+        if !init.set_reply(&reply) {
+            return Err(AdoptError::NoReply(format!("{} bytes were written", reply.len())));
+        }
+        match device::write(self.device.as_fd(), &reply) {
+            Ok(()) => init.set_answered(),
+            Err(Errno::ENOENT) if self.is_gone()? => return Err(AdoptError::Gone),
+            Err(Errno::ENOENT) => return Err(AdoptError::InitLost),
+            Err(errno) => return Err(error::device("answering INIT")(errno)),
+        }
+        Ok((session, How::First(self.support()?)))
+    }
+
+    /// What a later instance can expect; said once if that is less than the promise.
+    fn support(&self) -> Result<Support, AdoptError> {
+        let support = Notifier::new(self.device.as_fd()).probe()?;
+        match support {
+            Support::Granted => {}
+            Support::NotGranted if self.is_signed() => tracing::warn!(
+                "the kernel did not grant FUSE_RESTARTABLE, although the server signed: passthrough and io_uring \
+                 exclude it; after a crash requests are resent, but nothing is held or checked"
+            ),
+            Support::NotGranted => tracing::warn!(
+                "the server did not ask for FUSE_RESTARTABLE: after a crash requests are resent, but nothing is held \
+                 or checked"
+            ),
+            Support::OldKernel => tracing::warn!(
+                "this kernel has no FUSE_NOTIFY_RESTARTED: after a crash requests are resent if it can (Linux 6.9), \
+                 but none is held meanwhile and cached inodes are not checked"
+            ),
+        }
+        Ok(support)
+    }
+
+    /// Whether the kept handshake asked for recovery.
+    fn is_signed(&self) -> bool {
+        let init = self.state.init();
+        init.request().zip(init.reply()).is_some_and(|(request, reply)| handshake::is_signed(&request, &reply))
+    }
+
+    /// Plays the kept INIT; the session must answer it as the kernel was answered.
+    fn play_again<S: AsFd>(&self, session: impl FnOnce(OwnedFd) -> io::Result<S>) -> Result<S, AdoptError> {
+        let init = self.state.init();
+        let (Some(request), Some(stored)) = (init.request(), init.reply()) else {
+            return Err(AdoptError::StateLost);
+        };
+        let (session, reply) = handshake::play(&request, session)?;
+        handshake::compare(&handshake::reply_body(&stored), &handshake::reply_body(&reply))?;
+        Ok(session)
+    }
+
+    fn later<R: Recover, S: AsFd>(
+        &self,
+        recover: &mut R,
+        session: impl FnOnce(OwnedFd) -> io::Result<S>,
+    ) -> Result<(S, How), AdoptError> {
+        let (fd, state) = (self.device.as_fd(), &*self.state);
+        let stored = handshake::reply_body(&state.init().reply().ok_or(AdoptError::StateLost)?);
+        let began = Instant::now();
+        let Some(cookie) = self.say_restarted(fd, recover.identity())? else {
+            recover.resolve(state).map_err(AdoptError::Resolve)?;
+            recover.finish(state, None).map_err(AdoptError::Finish)?;
+            return Ok((self.play_again(session)?, How::Resent));
+        };
+        state.nodes().begin_replay();
+        recover.resolve(state).map_err(AdoptError::Resolve)?;
+        let report = recovery::replay_all(fd, cookie, stored.max_write, recover, state)?;
+        recover.finish(state, Some(&report)).map_err(AdoptError::Finish)?;
+        let session = self.play_again(session)?;
+        Ok((session, How::Recovered { report, took: began.elapsed() }))
+    }
+
+    /// The cookie of the recovery, or `None` where there is none to be had.
+    fn say_restarted(&self, fd: BorrowedFd<'_>, identity: Identity) -> Result<Option<u64>, AdoptError> {
+        let not_guaranteed =
+            "nothing is held or checked: an application may see errors, or a file that is not the one it opened";
+        if !self.is_signed() {
+            tracing::warn!("the mount was made without FUSE_RESTARTABLE, so {not_guaranteed}");
+            return Ok(None);
+        }
+        let cookie = Notifier::cookie();
+        match Notifier::new(fd).restarted(cookie, identity) {
+            Ok(()) => Ok(Some(cookie)),
+            Err(NotifyError::NotGranted) => {
+                tracing::warn!("the kernel did not grant FUSE_RESTARTABLE, so {not_guaranteed}");
+                Ok(None)
+            }
+            Err(NotifyError::WrongIdentity(ours)) => Err(AdoptError::WrongIdentity { ours }),
+            Err(NotifyError::NotUnderstood) if self.is_gone()? => Err(AdoptError::Gone),
+            // The kernel knows the notification, or the flag would not be in the reply.
+            Err(NotifyError::NotUnderstood) => Err(AdoptError::StateOfEarlierMount),
+            Err(NotifyError::Gone) => Err(AdoptError::Gone),
+            Err(other) => Err(other.into()),
+        }
     }
 }
