@@ -8,6 +8,7 @@ mod keep;
 mod serve;
 mod status;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -16,6 +17,7 @@ fn main() -> ExitCode {
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
         )
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         // Its report of an error would panic on a closed stderr; the keeper must outlive its terminal.
         .log_internal_errors(false)
         .init();

@@ -40,7 +40,7 @@ Examples:
   fuse-restart demo --merge patched.json stock.json")]
 pub struct Args {
     /// Write the result to FILE as JSON
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", env = "FUSE_RESTART_OUT")]
     json: Option<PathBuf>,
 
     /// For the random moments of the kills (default: from the clock; it is printed)
@@ -51,8 +51,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 20)]
     kills: u32,
 
-    /// The tree to copy
-    #[arg(long, value_name = "DIR", required_unless_present = "merge")]
+    /// The tree to copy (default: `fs` of the kernel source in $FUSE_RESTART_KERNEL_SOURCE)
+    #[arg(long, value_name = "DIR")]
     source: Option<PathBuf>,
 
     /// For a kernel without the series (FUSE_NOTIFY_RESEND alone): whatever happens is the result, not an error
@@ -83,8 +83,8 @@ pub struct Args {
     #[arg(long)]
     keep_work_dir: bool,
 
-    /// Print the table of two results, and do nothing else
-    #[arg(long, num_args = 2, value_names = ["A.json", "B.json"])]
+    /// Print the table of one or two results, and do nothing else
+    #[arg(long, num_args = 1..=2, value_names = ["A.json", "B.json"])]
     merge: Option<Vec<PathBuf>>,
 }
 

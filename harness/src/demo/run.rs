@@ -32,10 +32,7 @@ pub fn run(args: &Args) -> Result<Column> {
         bail!("the demo mounts file systems: run it as root, best in a guest (scripts/demo)");
     }
     check_programs()?;
-    let from = args
-        .source
-        .as_deref()
-        .context("name the tree to copy with --source")?;
+    let from = source_tree(args)?;
     let seed = args.seed.unwrap_or_else(now_ns);
     let limit = args
         .time_limit
@@ -43,7 +40,7 @@ pub fn run(args: &Args) -> Result<Column> {
     let files = args.files.or(args.stock.then_some(STOCK_FILES));
 
     let work = WorkDir::create(args)?;
-    let size = source::fetch(from, &work.path("source"), files)?;
+    let size = source::fetch(&from, &work.path("source"), files)?;
     let kernel = nix::sys::utsname::uname()?
         .release()
         .to_string_lossy()
@@ -74,6 +71,14 @@ pub fn run(args: &Args) -> Result<Column> {
     column.judge(args.kills);
     work.finish(args.keep_work_dir || (!column.stock && !column.passed()));
     Ok(column)
+}
+
+fn source_tree(args: &Args) -> Result<PathBuf> {
+    let kernel = std::env::var_os("FUSE_RESTART_KERNEL_SOURCE").map(|k| Path::new(&k).join("fs"));
+    args.source
+        .clone()
+        .or(kernel)
+        .context("name the tree to copy with --source DIR, any tree of some hundred files will do")
 }
 
 fn acts(
