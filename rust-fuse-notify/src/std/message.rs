@@ -189,3 +189,105 @@ impl From<&libc::stat> for Attr {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn message(opcode: u32, unique: u64, body: &[u8]) -> Vec<u8> {
+        let header = InHeader { len: 40 + body.len() as u32, opcode, unique, nodeid: 7, ..InHeader::default() };
+        [header.as_bytes(), body].concat()
+    }
+
+    #[test]
+    fn a_getattr_without_the_flag_is_no_replay() {
+        let body = GetattrIn { getattr_flags: 1, dummy: 2, fh: 3 };
+        assert!(matches!(parse(&message(FUSE_GETATTR, 5, body.as_bytes())), Ok(Message::Other { .. })));
+    }
+
+    #[test]
+    fn an_answer_to_retrieve_is_no_report() {
+        let body = [0; 96];
+        assert!(matches!(parse(&message(FUSE_NOTIFY_REPLY, 5, &body)), Ok(Message::Other { .. })));
+        assert!(matches!(parse(&message(FUSE_NOTIFY_REPLY, COOKIE_BIT | 5, &body)), Ok(Message::Report(_))));
+        let error = parse(&message(FUSE_NOTIFY_REPLY, COOKIE_BIT | 5, &body[1..])).unwrap_err();
+        assert_eq!(error, MessageError::Body { opcode: 41, got: 95, want: 96 });
+    }
+
+    #[test]
+    fn errors_that_the_kernel_would_refuse_become_eio() {
+        for (errno, becomes) in [(0, 5), (-2, 5), (512, 5), (i32::MIN, 5), (1, 1), (116, 116), (511, 511)] {
+            assert_eq!(error_reply(9, errno)[4..8], i32::to_ne_bytes(-becomes), "{errno}");
+        }
+    }
+
+    #[test]
+    fn a_stat_becomes_an_attr() {
+        let stat = nix::sys::stat::stat("/dev/null").unwrap();
+        let attr = Attr::from(&stat);
+        assert_eq!((attr.ino, attr.mode, attr.nlink), (stat.st_ino, stat.st_mode, stat.st_nlink as u32));
+        // Major 1, minor 3.
+        assert_eq!(attr.rdev, 0x103);
+    }
+
+    /// Bytes that come close to being a message.
+    fn nearly() -> impl Strategy<Value = Vec<u8>> {
+        let opcode = prop_oneof![Just(FUSE_GETATTR), Just(FUSE_NOTIFY_REPLY), any::<u32>()];
+        let len = prop_oneof![Just(16_usize), Just(96), 0..200_usize];
+        (opcode, any::<u64>(), len, any::<u8>(), 0..3_u8, any::<u8>()).prop_map(|(opcode, unique, len, fill, cut, at)| {
+            let mut bytes = message(opcode, unique, &vec![fill; len]);
+            match cut {
+                0 => {}
+                1 => bytes.truncate(usize::from(at)),
+                _ => {
+                    let at = usize::from(at) % bytes.len();
+                    bytes[at] ^= 0x40;
+                }
+            }
+            bytes
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_end_in_a_value(bytes in prop_oneof![nearly(), proptest::collection::vec(any::<u8>(), 0..300)]) {
+            match parse(&bytes) {
+                Ok(Message::Replay(_)) => prop_assert_eq!(bytes.len(), 56),
+                Ok(Message::Report(_)) => prop_assert_eq!(bytes.len(), 136),
+                Ok(Message::Other { header, body }) => prop_assert_eq!(header.len as usize, 40 + body.len()),
+                Err(MessageError::Short(got)) => prop_assert!(got < 40),
+                Err(MessageError::Length { got, said }) => prop_assert_ne!(got, said as usize),
+                Err(MessageError::Body { got, want, .. }) => prop_assert_ne!(got, want),
+            }
+        }
+
+        #[test]
+        fn replays_and_reports_come_out_as_they_went_in(a in any::<u64>(), b in any::<u32>(), c in any::<u64>()) {
+            let body = GetattrIn { getattr_flags: FUSE_GETATTR_REPLAY, dummy: b, fh: c };
+            let replay = Replay { unique: a, nodeid: 7, generation: b, nlookup: c };
+            let bytes = message(FUSE_GETATTR, a, body.as_bytes());
+            prop_assert_eq!(parse(&bytes), Ok(Message::Replay(replay)));
+            let body = RestartedIn { epoch: b, replayed: c, lowest_owed: a, settle_ns: c ^ 1, ..RestartedIn::default() };
+            match parse(&message(FUSE_NOTIFY_REPLY, COOKIE_BIT | a, body.as_bytes())) {
+                Ok(Message::Report(report)) => {
+                    prop_assert_eq!((report.cookie, report.epoch), (COOKIE_BIT | a, b));
+                    prop_assert_eq!((report.replayed, report.settle_ns), (c, c ^ 1));
+                    prop_assert_eq!(report.lowest_owed, (a != 0).then_some(a));
+                }
+                other => prop_assert!(false, "{:?}", other),
+            }
+        }
+
+        #[test]
+        fn answers_carry_the_whole_id(unique in any::<u64>(), ino in any::<u64>(), errno in any::<i32>()) {
+            let attr = Attr { ino, mode: 0o100_644, ..Attr::default() };
+            let reply = attr_reply(unique, &attr);
+            let (header, body) = OutHeader::read_from_prefix(&reply).unwrap();
+            prop_assert_eq!(header, OutHeader { len: 120, error: 0, unique });
+            prop_assert_eq!(AttrOut::read_from_bytes(body).unwrap().attr, attr);
+            let (header, _) = OutHeader::read_from_prefix(&error_reply(unique, errno)).map(|(h, r)| (h, r.len())).unwrap();
+            prop_assert!(header.unique == unique && header.len == 16 && (-511..0).contains(&header.error));
+        }
+    }
+}

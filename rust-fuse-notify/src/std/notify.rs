@@ -206,3 +206,79 @@ fn explain(errno: Errno) -> NotifyError {
         other => NotifyError::Io(other.into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::std::device::fake;
+    use std::cell::RefCell;
+    use std::os::fd::AsFd;
+    use std::rc::Rc;
+
+    /// Answers every write with one errno and keeps what was written.
+    #[derive(Clone)]
+    struct Says(Result<(), Errno>, Rc<RefCell<Vec<u8>>>);
+
+    impl fake::Kernel for Says {
+        fn write(&mut self, message: &[u8]) -> Result<(), Errno> {
+            *self.1.borrow_mut() = message.to_vec();
+            self.0
+        }
+        fn read(&mut self) -> Result<Vec<u8>, Errno> {
+            unreachable!()
+        }
+    }
+
+    fn with<R>(says: Result<(), Errno>, test: impl FnOnce(&Notifier<'_>) -> R) -> (R, Vec<u8>) {
+        let written = Rc::default();
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let kernel = Box::new(Says(says, Rc::clone(&written)));
+        let result = fake::with(kernel, || test(&Notifier::new(null.as_fd())));
+        (result, written.take())
+    }
+
+    #[test]
+    fn every_errno_has_its_meaning() {
+        use NotifyError::*;
+        let identity = Identity([1, 2]);
+        let restarted = |errno| with(Err(errno), |n| n.restarted(COOKIE_BIT, identity)).0.unwrap_err();
+        assert!(matches!(restarted(Errno::EINVAL), NotUnderstood));
+        assert!(matches!(restarted(Errno::EOPNOTSUPP), NotGranted));
+        assert!(matches!(restarted(Errno::ESTALE), WrongIdentity(found) if found == identity));
+        assert!(matches!(restarted(Errno::ENODEV), Gone));
+        assert!(matches!(restarted(Errno::EPERM), Io(_)));
+        let commit = |errno| with(Err(errno), |n| n.commit(COOKIE_BIT, 5, identity)).0.unwrap_err();
+        assert!(matches!(commit(Errno::ESTALE), WrongEpoch { epoch: 5 }));
+        assert!(matches!(with(Err(Errno::EBUSY), |n| n.resend()).0, Err(Recovering)));
+    }
+
+    #[test]
+    fn the_probe_knows_three_answers() {
+        let probe = |says| with(says, |n| n.probe()).0;
+        assert_eq!(probe(Err(Errno::ESTALE)).unwrap(), Support::Granted);
+        assert_eq!(probe(Err(Errno::EOPNOTSUPP)).unwrap(), Support::NotGranted);
+        assert_eq!(probe(Err(Errno::EINVAL)).unwrap(), Support::OldKernel);
+        assert!(probe(Err(Errno::EBADF)).is_err());
+        assert!(probe(Ok(())).is_err());
+    }
+
+    #[test]
+    fn messages_are_what_the_header_file_says() {
+        let (_, bytes) = with(Ok(()), |n| n.commit(COOKIE_BIT | 9, 0x0102_0304, Identity([5, 6])).unwrap());
+        let words: Vec<u32> = bytes.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
+        // A little-endian machine has the low half of a u64 first; so do all that run these tests.
+        assert_eq!(words, [48, 12, 0, 0, 9, 1 << 30, 1, 0x0102_0304, 5, 0, 6, 0]);
+        let (_, bytes) = with(Ok(()), |n| n.restarted(COOKIE_BIT | 9, Identity::UNSAID).unwrap());
+        assert_eq!(bytes[24..], [0; 24]);
+        assert_eq!(with(Ok(()), |n| n.resend().unwrap()).1.len(), 16);
+    }
+
+    #[test]
+    fn a_bad_cookie_is_not_even_written() {
+        let (result, bytes) = with(Ok(()), |n| n.restarted(1, Identity::UNSAID));
+        assert!(matches!(result, Err(NotifyError::BadCookie(1))) && bytes.is_empty());
+        for _ in 0..1000 {
+            assert_eq!(Notifier::cookie() >> 62, 1);
+        }
+    }
+}

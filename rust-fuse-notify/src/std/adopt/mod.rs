@@ -21,6 +21,8 @@ mod handshake;
 mod recovery;
 
 #[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
 mod fake_kernel;
 #[cfg(test)]
 mod tests;

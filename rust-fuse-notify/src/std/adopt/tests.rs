@@ -13,14 +13,14 @@ use crate::std::device::fake;
 use crate::std::state::{Config, FileHandle, Intent, Keep, NewNode, NodeFlags};
 use crate::std::wire::*;
 
-const IDENTITY: Identity = Identity([3, 4]);
+pub(super) const IDENTITY: Identity = Identity([3, 4]);
 const CONFIG: Config = Config { nodes: 100, handles: 10, journal: 4 };
 
-fn open_state(fd: &OwnedFd) -> Arc<State> {
+pub(super) fn open_state(fd: &OwnedFd) -> Arc<State> {
     Arc::new(State::open(fd.try_clone().unwrap(), IDENTITY, &CONFIG).unwrap())
 }
 
-fn file(which: u64) -> NewNode {
+pub(super) fn file(which: u64) -> NewNode {
     NewNode {
         handle: FileHandle::new(1, &which.to_ne_bytes()).unwrap(),
         domain: 0,
@@ -34,7 +34,7 @@ fn file(which: u64) -> NewNode {
 
 /// A server that knows what is in its node table.
 #[derive(Default)]
-struct Server {
+pub(super) struct Server {
     other_identity: bool,
     root_error: Option<i32>,
     fail_resolve: bool,
@@ -82,15 +82,15 @@ impl Recover for Server {
 
 /// Answers INIT as fuser does: within the closure, on the descriptor it is given.
 #[derive(Clone, Copy)]
-struct Answer {
+pub(super) struct Answer {
     flags: u64,
     max_write: u32,
     minor: u32,
 }
 
-const SIGNS: Answer = Answer { flags: FUSE_INIT_EXT | FUSE_RESTARTABLE, max_write: 65536, minor: 40 };
+pub(super) const SIGNS: Answer = Answer { flags: FUSE_INIT_EXT | FUSE_RESTARTABLE, max_write: 65536, minor: 40 };
 
-fn session(answer: Answer) -> impl FnOnce(OwnedFd) -> io::Result<OwnedFd> {
+pub(super) fn session(answer: Answer) -> impl FnOnce(OwnedFd) -> io::Result<OwnedFd> {
     move |fd| {
         let mut buffer = [0; 8192];
         let len = nix::unistd::read(&fd, &mut buffer)?;
@@ -111,15 +111,15 @@ fn session(answer: Answer) -> impl FnOnce(OwnedFd) -> io::Result<OwnedFd> {
 }
 
 /// One mount: the kernel's side, the memfd and the keeper's descriptor.
-struct Mount {
-    kernel: Rc<RefCell<Kernel>>,
-    device: OwnedFd,
-    memfd: OwnedFd,
+pub(super) struct Mount {
+    pub(super) kernel: Rc<RefCell<Kernel>>,
+    pub(super) device: OwnedFd,
+    pub(super) memfd: OwnedFd,
     far: OwnedFd,
 }
 
 impl Mount {
-    fn new(offers: u64) -> Mount {
+    pub(super) fn new(offers: u64) -> Mount {
         let kernel = Kernel::new(offers);
         let (device, far) = mount(&kernel);
         Mount { kernel: Rc::new(RefCell::new(kernel)), device, memfd: State::create_memfd().unwrap(), far }
@@ -139,12 +139,12 @@ impl Mount {
         fake::with(Box::new(Shared(self.kernel.clone())), || adopt.run(server, session))
     }
 
-    fn log(&self) -> Vec<String> {
+    pub(super) fn log(&self) -> Vec<String> {
         std::mem::take(&mut self.kernel.borrow_mut().log)
     }
 
     /// Has been served, with these files in table and cache.
-    fn served(files: &[u64]) -> Mount {
+    pub(super) fn served(files: &[u64]) -> Mount {
         let mount = Mount::new(FUSE_RESTARTABLE);
         mount.adopt(&mut Server::default(), SIGNS).unwrap();
         let state = open_state(&mount.memfd);

@@ -25,7 +25,7 @@ mod region;
 mod slots;
 
 #[cfg(test)]
-mod crash_tests;
+pub(crate) mod crash_tests;
 #[cfg(test)]
 mod tests;
 
