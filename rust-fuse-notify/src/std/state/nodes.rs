@@ -212,6 +212,9 @@ impl NodeTable {
         let inner = &mut *self.inner();
         let slot = FUSE_ROOT_ID as u32;
         if self.region.load(self.at(slot) + NODEID) != 0 {
+            if self.copy(slot, FUSE_ROOT_ID).info == *root {
+                return;
+            }
             self.leave(inner, slot);
             self.region.publish(self.at(slot) + NODEID, 0);
         }
