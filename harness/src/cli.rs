@@ -27,8 +27,7 @@ enum Command {
     Bench,
     /// Show the main job: a workload whose server is killed again and again
     Demo(crate::demo::Args),
-    /// Run the scenarios against the running kernel
-    Scenario,
+    Scenario(crate::scenario::Args),
 }
 
 pub fn main() -> ExitCode {
@@ -39,7 +38,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => crate::status::run(args),
         Command::Bench => not_yet("bench"),
         Command::Demo(args) => crate::demo::run(args),
-        Command::Scenario => not_yet("scenario"),
+        Command::Scenario(args) => crate::scenario::run(&args),
     };
     result.unwrap_or_else(|e| {
         eprintln!("fuse-restart: {e:#}");

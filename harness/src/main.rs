@@ -5,6 +5,8 @@ mod cli;
 mod demo;
 mod fusectl;
 mod keep;
+mod raw;
+mod scenario;
 mod serve;
 mod status;
 

@@ -124,7 +124,6 @@ impl Engine {
             Demand::Restarted => self.restarted(state, out.cookie)?,
             Demand::Commit(epoch) => {
                 state.machine.commit(epoch)?;
-                self.restart.commit(epoch);
                 state.since = now();
             }
         }

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What several families share: phases of a recovery, populated mounts, checks.
+
+use std::fmt::Debug;
+use std::os::fd::RawFd;
+
+use anyhow::{bail, ensure, Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+
+use crate::raw::env::Env;
+use crate::raw::kit::Kit;
+use crate::raw::msg::Message;
+use crate::raw::ops;
+use crate::raw::recover::Recovered;
+use crate::raw::tree::Answer;
+use crate::raw::wire::{resent_id, ROOT};
+
+/// How far a recovery has come when something happens to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// RESTARTED was said; nobody has read anything.
+    Said,
+    /// The root's replay was read and not answered.
+    Root,
+    /// The root is confirmed; another replay was read and not answered.
+    Replay,
+    /// Every replay is answered; the report waits to be read.
+    Prepared,
+    /// The report was read; COMMIT was not written.
+    Reported,
+    /// The root's replay was answered with an error.
+    Refused,
+}
+
+pub const PHASES: [Phase; 6] = [
+    Phase::Said,
+    Phase::Root,
+    Phase::Replay,
+    Phase::Prepared,
+    Phase::Reported,
+    Phase::Refused,
+];
+
+impl Phase {
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Said => "said",
+            Phase::Root => "root",
+            Phase::Replay => "replay",
+            Phase::Prepared => "prepared",
+            Phase::Reported => "reported",
+            Phase::Refused => "refused",
+        }
+    }
+}
+
+/// Says RESTARTED and goes to `phase`. What was read and not answered there is returned.
+pub fn enter(kit: &mut Kit<'_>, phase: Phase) -> Result<Option<Message>> {
+    let others = (kit.tree.held().len() as u64 - 1).min(64);
+    kit.restarted()?;
+    Ok(match phase {
+        Phase::Said => {
+            // The worker has begun, so that nothing is added behind the scenario's back.
+            readable(kit, "the root's replay")?;
+            None
+        }
+        Phase::Root => Some(kit.next_replay()?.0),
+        Phase::Refused => {
+            let (m, replay) = kit.next_replay()?;
+            ensure!(
+                replay.nodeid == ROOT,
+                "the first replay is of node {}",
+                replay.nodeid
+            );
+            kit.send(&m, &Answer::Err(libc::EIO))?;
+            kit.conn.wait_state(&["refused"], kit.patience)?;
+            None
+        }
+        Phase::Replay => {
+            let (root, replay) = kit.next_replay()?;
+            let waiting = kit.conn.waiting()? - 1;
+            kit.confirm(&root, &replay)?;
+            let m = kit.next_replay()?.0;
+            kit.conn.wait_waiting(waiting + others, kit.patience)?;
+            Some(m)
+        }
+        Phase::Prepared => {
+            kit.confirm_root()?;
+            answer_until_prepared(kit)?;
+            None
+        }
+        Phase::Reported => Some(read_report(kit)?),
+    })
+}
+
+/// Answers replays honestly as long as the kernel has any; the report is left unread.
+fn answer_until_prepared(kit: &mut Kit<'_>) -> Result<()> {
+    let total = kit.tree.held().len() - 1;
+    for _ in 0..total {
+        let (m, replay) = kit.next_replay()?;
+        kit.confirm(&m, &replay)?;
+    }
+    kit.conn.wait_state(&["prepared"], kit.patience)?;
+    readable(kit, "the report")
+}
+
+/// Waits until a message can be read, and leaves it there.
+pub fn readable(kit: &Kit<'_>, what: &str) -> Result<()> {
+    let ready = kit.dev.poll(nix::poll::PollFlags::POLLIN, kit.patience)?;
+    ensure!(
+        ready.contains(nix::poll::PollFlags::POLLIN),
+        "{what} cannot be read{}",
+        kit.situation()
+    );
+    Ok(())
+}
+
+fn read_report(kit: &mut Kit<'_>) -> Result<Message> {
+    loop {
+        let m = kit.next()?;
+        if m.report(kit.cookie()).is_some() {
+            return Ok(m);
+        }
+        let Some(replay) = m.replay() else {
+            bail!("{m} was delivered during the recovery")
+        };
+        kit.confirm(&m, &replay)?;
+    }
+}
+
+/// A granted mount with `n` files `f0`.. that the kernel has looked up and keeps.
+pub fn populated<'a>(env: &'a Env<'a>, n: usize) -> Result<Kit<'a>> {
+    let mut kit = Kit::granted(env)?;
+    populate(&mut kit, n)?;
+    Ok(kit)
+}
+
+pub fn populate(kit: &mut Kit<'_>, n: usize) -> Result<()> {
+    for i in 0..n {
+        kit.tree
+            .file(ROOT, &format!("f{i}"), format!("content of {i}").as_bytes());
+    }
+    let names: Vec<_> = (0..n).map(|i| kit.path(&format!("f{i}"))).collect();
+    let looked = kit.run("look everything up", move || {
+        names.iter().try_for_each(|p| ops::stat(p).map(drop))
+    })?;
+    looked.context("a lookup failed before anything was wrong")?;
+    kit.settle()
+}
+
+/// Opens a file of the mount; the descriptor is never closed by itself.
+pub fn open(kit: &mut Kit<'_>, name: &str, flags: OFlag) -> Result<RawFd> {
+    kit.run_on("open", name, move |p| ops::open(p, flags))?
+        .with_context(|| format!("cannot open {name}"))
+}
+
+/// The connection does its work: a lookup, a change and a read, from end to end.
+pub fn still_serves(kit: &mut Kit<'_>) -> Result<()> {
+    let name = format!("still-serves-{}", kit.tree.next);
+    kit.tree.file(ROOT, &name, b"alive");
+    let read = kit.run_on("read", &name, ops::read_file)?;
+    ensure!(
+        read == Ok(b"alive".to_vec()),
+        "reading {name} gave {read:?}"
+    );
+    let made = kit.run_on("mkdir", &format!("{name}.d"), ops::mkdir)?;
+    ensure!(made == Ok(()), "mkdir {name}.d gave {made:?}");
+    Ok(())
+}
+
+pub fn expect_errno<T: Debug>(what: &str, result: Result<T, Errno>, wanted: Errno) -> Result<()> {
+    match result {
+        Err(e) if e == wanted => Ok(()),
+        other => bail!("{what} gave {other:?}, not {wanted}"),
+    }
+}
+
+/// The message must be `old`, sent again in the current epoch.
+pub fn expect_resent(kit: &Kit<'_>, old: &Message, new: &Message) -> Result<()> {
+    let wanted = resent_id(old.unique(), kit.epoch);
+    ensure!(
+        new.unique() == wanted,
+        "{old} came again as {new}; its id should be {wanted:#x}"
+    );
+    ensure!(
+        (new.opcode(), new.nodeid(), &new.body) == (old.opcode(), old.nodeid(), &old.body),
+        "{old} came again with other contents, as {new}"
+    );
+    Ok(())
+}
+
+/// The kernel's numbers agree with what the server saw.
+pub fn expect_report(recovered: &Recovered, revoked: u64) -> Result<()> {
+    let report = &recovered.report;
+    ensure!(
+        report.replayed == recovered.replays.len() as u64,
+        "{} replays were answered, the report says {}",
+        recovered.replays.len(),
+        report.replayed
+    );
+    ensure!(
+        report.confirmed + report.revoked == report.replayed,
+        "{} confirmed and {} revoked are not {} replayed",
+        report.confirmed,
+        report.revoked,
+        report.replayed
+    );
+    ensure!(
+        report.revoked == revoked,
+        "{} inodes are revoked, expected {revoked}",
+        report.revoked
+    );
+    Ok(())
+}

@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Killing: whoever waits for a server that is not there can be killed, application or server.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
+
+use super::help::{enter, expect_resent, populated, still_serves, Phase, PHASES};
+use super::Scenario;
+use crate::raw::app::{state, Proc};
+use crate::raw::env::Env;
+use crate::raw::kit::Kit;
+use crate::raw::ops;
+use crate::raw::wait::wait_for;
+use crate::raw::wire::{notify, op, InvalEntryOut, ROOT, UNIQUE_RESEND};
+
+pub fn scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario::series(
+            "kill/held",
+            "an application held by a recovery can be killed, in every phase",
+            held,
+        ),
+        Scenario::series(
+            "kill/was-read",
+            "also when a dead server had read its request",
+            was_read,
+        ),
+        Scenario::series(
+            "kill/before",
+            "also when it was killed before RESTARTED",
+            before,
+        ),
+        Scenario::series(
+            "kill/open-file",
+            "also when it has a file open whose FLUSH nobody answers",
+            open_file,
+        ),
+        Scenario::series(
+            "kill/not-resent",
+            "the request of a killed application is not sent again",
+            not_resent,
+        ),
+        Scenario::series(
+            "kill/server-in-inval-entry",
+            "a server that waits in INVAL_ENTRY behind a held MKDIR can be killed",
+            inval_entry,
+        ),
+        Scenario::series(
+            "kill/server-in-inval-inode",
+            "a server that waits in INVAL_INODE for a locked page can be killed",
+            inval_inode,
+        ),
+        Scenario::series(
+            "kill/server-reading",
+            "a server killed while it waits in read(2) loses nothing",
+            server_reading,
+        ),
+        Scenario::series(
+            "kill/worker-waits",
+            "unanswered replays do not keep anybody else from dying",
+            worker_waits,
+        ),
+    ]
+}
+
+/// How long a killed task may take to go: the promise is a second, debug kernels get more by --patience.
+fn grace(kit: &Kit<'_>) -> Duration {
+    Duration::from_secs(1).max(kit.patience / 10)
+}
+
+fn dies(kit: &Kit<'_>, app: &mut Proc, when: &str) -> Result<()> {
+    let start = Instant::now();
+    app.signal(Signal::SIGKILL)?;
+    let status = app
+        .wait(grace(kit))
+        .with_context(|| format!("killed {when}"))?;
+    ensure!(
+        matches!(status, WaitStatus::Signaled(_, Signal::SIGKILL, _)),
+        "killed {when} it ended with {status:?}"
+    );
+    tracing::debug!(
+        "{} was gone {:?} after SIGKILL, {when}",
+        app.what,
+        start.elapsed()
+    );
+    Ok(())
+}
+
+fn mkdir_process(kit: &Kit<'_>, name: &str) -> Result<Proc> {
+    let path = kit.path(name);
+    Proc::spawn(&format!("mkdir {name}"), &[kit.dev.raw()], move || {
+        i32::from(ops::mkdir(&path).is_err())
+    })
+}
+
+fn held(env: &Env<'_>) -> Result<()> {
+    for phase in PHASES {
+        let mut kit = populated(env, 3)?;
+        let left = enter(&mut kit, phase)?;
+        let base = kit.conn.waiting()?;
+        let mut app = mkdir_process(&kit, "d")?;
+        kit.conn.wait_waiting(base + 1, kit.patience)?;
+        app.wait_asleep(kit.patience)?;
+        dies(&kit, &mut app, &format!("while held in {phase:?}"))?;
+        if let Some((m, r)) = left.as_ref().and_then(|m| m.replay().map(|r| (m, r))) {
+            kit.confirm(m, &r)?;
+        }
+        kit.recover().with_context(|| format!("in {phase:?}"))?;
+        kit.check_counts()
+            .with_context(|| format!("in {phase:?}"))?;
+        still_serves(&mut kit)?;
+    }
+    Ok(())
+}
+
+fn was_read(env: &Env<'_>) -> Result<()> {
+    for phase in PHASES {
+        let mut kit = populated(env, 3)?;
+        let mut app = mkdir_process(&kit, "d")?;
+        kit.until_op(op::MKDIR)?;
+        app.wait_asleep(kit.patience)?;
+        enter(&mut kit, phase)?;
+        dies(
+            &kit,
+            &mut app,
+            &format!("in {phase:?}, its request in dead hands"),
+        )?;
+        kit.recover().with_context(|| format!("in {phase:?}"))?;
+        still_serves(&mut kit)?;
+    }
+    Ok(())
+}
+
+fn before(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    let mut app = mkdir_process(&kit, "d")?;
+    kit.until_op(op::MKDIR)?;
+    app.wait_asleep(kit.patience)?;
+    // Killed while a server has its request: it must wait, that is how FUSE is ...
+    app.signal(Signal::SIGKILL)?;
+    let tid = app.tid();
+    wait_for(
+        "the killed application to wait uninterruptibly",
+        kit.patience,
+        || Ok(state(tid) == Some('D')),
+    )?;
+    // ... until the server is known to be dead.
+    kit.restarted()?;
+    let status = app.wait(grace(&kit)).context("killed before RESTARTED")?;
+    ensure!(
+        matches!(status, WaitStatus::Signaled(..)),
+        "it ended with {status:?}"
+    );
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    kit.commit(&recovered)?;
+    still_serves(&mut kit)
+}
+
+fn open_file(env: &Env<'_>) -> Result<()> {
+    for phase in [Phase::Said, Phase::Replay, Phase::Refused] {
+        let mut kit = populated(env, 3)?;
+        let path = kit.path("f0");
+        let (fd_of, file_open) = nix::unistd::pipe()?;
+        let mut app = Proc::spawn("an application with an open file", &[kit.dev.raw()], || {
+            let Ok(_fd) = ops::open(&path, OFlag::O_RDWR) else {
+                return 1;
+            };
+            let _ = nix::unistd::write(&file_open, b"!");
+            loop {
+                nix::unistd::pause();
+            }
+        })?;
+        kit.serve_until("the file to be open", |_| {
+            let ready = crate::raw::dev::poll_one(
+                std::os::fd::AsFd::as_fd(&fd_of),
+                nix::poll::PollFlags::POLLIN,
+                Duration::ZERO,
+            )?;
+            Ok(ready.contains(nix::poll::PollFlags::POLLIN))
+        })?;
+        kit.settle()?;
+        enter(&mut kit, phase)?;
+        dies(&kit, &mut app, &format!("with an open file in {phase:?}"))?;
+        kit.recover()?;
+        still_serves(&mut kit)?;
+    }
+    Ok(())
+}
+
+fn not_resent(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    let mut doomed = mkdir_process(&kit, "doomed")?;
+    kit.until_op(op::MKDIR)?;
+    doomed.wait_asleep(kit.patience)?;
+    let other = kit.on("stat", "f0", |p| ops::stat(p).map(drop))?;
+    let old = kit.until_op(op::GETATTR)?;
+    kit.restarted()?;
+    dies(&kit, &mut doomed, "while held")?;
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    ensure!(
+        recovered.report.held == 1,
+        "one request is owed, the report says {}",
+        recovered.report.held
+    );
+    kit.commit(&recovered)?;
+    let new = kit.next_request()?;
+    expect_resent(&kit, &old, &new)?;
+    kit.answer(&new)?;
+    ensure!(kit.serve(&other)? == Ok(()), "stat");
+    kit.served.clear();
+    kit.settle()?;
+    let resent = kit.served.iter().any(|m| m.unique() & UNIQUE_RESEND != 0);
+    ensure!(
+        !resent,
+        "the request of the killed application was sent again"
+    );
+    kit.check_counts()?;
+    Ok(())
+}
+
+/// A second process that holds the device and, when told to, writes one notification, as a server's thread does.
+///
+/// It is made before any file is open: a server that inherits an application's descriptor waits for itself when it
+/// dies.
+fn notifier(
+    kit: &Kit<'_>,
+    what: &str,
+    say: impl FnOnce(&crate::raw::dev::Device) -> Result<(), Errno>,
+) -> Result<(Proc, OwnedFd)> {
+    let (go, tell) = nix::unistd::pipe()?;
+    let server = Proc::spawn(what, &[tell.as_raw_fd()], || {
+        let _ = nix::unistd::read(&go, &mut [0]);
+        i32::from(say(&kit.dev).is_err())
+    })?;
+    Ok((server, tell))
+}
+
+/// Lets the notifier speak, and returns when it waits inside the notification.
+fn speak(kit: &Kit<'_>, server: &Proc, tell: OwnedFd) -> Result<()> {
+    let reading = syscall_of(server.tid());
+    drop(tell);
+    wait_for(
+        "the server to sleep in its notification",
+        kit.patience,
+        || {
+            Ok(server.ended()?
+                || (syscall_of(server.tid()) != reading
+                    && matches!(state(server.tid()), Some('S' | 'D'))))
+        },
+    )
+}
+
+/// The number of the system call a sleeping task is in; "running" and the like otherwise.
+fn syscall_of(tid: i32) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{tid}/syscall")).unwrap_or_default();
+    text.split(' ').next().unwrap_or_default().to_owned()
+}
+
+fn inval_entry(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    let entry = InvalEntryOut {
+        parent: ROOT,
+        namelen: 2,
+        flags: 0,
+    };
+    let (mut server, tell) = notifier(&kit, "INVAL_ENTRY", move |dev| {
+        dev.notify(notify::INVAL_ENTRY, &entry, b"f0\0")
+    })?;
+    let app = kit.on("mkdir", "d", ops::mkdir)?;
+    let old = kit.until_op(op::MKDIR)?;
+    speak(&kit, &server, tell)?;
+    ensure!(
+        !server.ended()?,
+        "the notification did not wait for the directory's lock"
+    );
+    dies(
+        &kit,
+        &mut server,
+        "in INVAL_ENTRY, behind a MKDIR nobody answers",
+    )?;
+    kit.recover()?;
+    let new = kit.next_request()?;
+    expect_resent(&kit, &old, &new)?;
+    kit.answer(&new)?;
+    ensure!(kit.serve(&app)? == Ok(()), "mkdir");
+    still_serves(&mut kit)
+}
+
+fn inval_inode(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    let f0 = kit.tree.child(ROOT, "f0").context("f0")?;
+    let what = crate::raw::wire::InvalInodeOut {
+        ino: f0,
+        off: 0,
+        len: 0,
+    };
+    let (mut server, tell) = notifier(&kit, "INVAL_INODE", move |dev| {
+        dev.notify(notify::INVAL_INODE, &what, &[])
+    })?;
+    // The page under read is locked until the READ is answered.
+    let fd = super::help::open(&mut kit, "f0", OFlag::O_RDONLY)?;
+    let reader = kit.app("read", move || ops::pread(fd, 10, 0))?;
+    let old = kit.until_op(op::READ)?;
+    speak(&kit, &server, tell)?;
+    if server.ended()? {
+        anyhow::bail!("INVAL_INODE did not wait for the page: this scenario shows nothing");
+    }
+    dies(
+        &kit,
+        &mut server,
+        "in INVAL_INODE, waiting for a page under read",
+    )?;
+    kit.recover()?;
+    let new = kit.next_request()?;
+    expect_resent(&kit, &old, &new)?;
+    kit.answer(&new)?;
+    ensure!(kit.serve(&reader)?.is_ok(), "read");
+    still_serves(&mut kit)
+}
+
+fn server_reading(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    for round in 0..20 {
+        let mut dev = kit.dev.duplicate()?;
+        let mut server = Proc::spawn("a server in read(2)", &[], move || {
+            i32::from(dev.read_blocking().is_err())
+        })?;
+        server.wait_asleep(kit.patience)?;
+        // The request may or may not reach the server before it dies: either way it is owed.
+        let app = kit.on("stat", "f0", |p| ops::stat(p).map(drop))?;
+        server.signal(Signal::SIGKILL)?;
+        server.wait(kit.patience)?;
+        kit.conn.wait_waiting(1, kit.patience)?;
+        let recovered = kit.recover()?;
+        ensure!(
+            recovered.report.held == 1,
+            "round {round}: {} requests are owed, not 1",
+            recovered.report.held
+        );
+        ensure!(kit.serve(&app)? == Ok(()), "round {round}: stat");
+    }
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+fn worker_waits(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 10)?;
+    kit.restarted()?;
+    kit.confirm_root()?;
+    kit.next_replay()?;
+    // Dropping caches and syncing walks the same inodes as the replay: neither may wait for the server.
+    let path = kit.mnt.clone();
+    let mut others = vec![Proc::spawn("drop_caches", &[], || {
+        i32::from(std::fs::write("/proc/sys/vm/drop_caches", "3").is_err())
+    })?];
+    others.push(Proc::spawn("stat of the parent", &[], move || {
+        i32::from(path.parent().is_none_or(|p| p.metadata().is_err()))
+    })?);
+    for other in &mut others {
+        let code = other.wait_code(kit.patience)?;
+        ensure!(code == 0, "{} failed", other.what);
+    }
+    kit.recover()?;
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Scenarios: small scripted stories told to the kernel's FUSE client, each guarding one thing.
+//!
+//! A family a file; each file lists its own in `scenarios()`. A scenario fails by returning an error, and by
+//! leaving something behind: the runner ([`runner`]) ends every connection and expects that everybody wakes up.
+
+mod again;
+mod background;
+mod bad_inode;
+mod bad_input;
+mod clones;
+mod counts;
+mod dentries;
+mod handover;
+mod held;
+mod help;
+mod kill;
+mod replay;
+mod resend;
+mod runner;
+mod unmount;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::raw::env::Env;
+
+pub use runner::run;
+
+/// What a scenario needs of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    Nothing,
+    /// FUSE_NOTIFY_RESTARTED, or one of the fixes that come with it.
+    Series,
+    /// A kernel that does not know FUSE_NOTIFY_RESTARTED.
+    Stock,
+}
+
+pub type Story = Box<dyn Fn(&Env<'_>) -> Result<()>>;
+
+pub struct Scenario {
+    pub name: String,
+    /// What breaks when this fails.
+    pub guards: &'static str,
+    pub needs: Needs,
+    pub run: Story,
+}
+
+impl Scenario {
+    fn new(
+        name: impl Into<String>,
+        needs: Needs,
+        guards: &'static str,
+        run: impl Fn(&Env<'_>) -> Result<()> + 'static,
+    ) -> Scenario {
+        Scenario {
+            name: name.into(),
+            guards,
+            needs,
+            run: Box::new(run),
+        }
+    }
+
+    fn series(
+        name: impl Into<String>,
+        guards: &'static str,
+        run: impl Fn(&Env<'_>) -> Result<()> + 'static,
+    ) -> Scenario {
+        Scenario::new(name, Needs::Series, guards, run)
+    }
+}
+
+/// Run scripted recoveries against the running kernel and check what it does.
+///
+/// Every scenario mounts its own file system in a private mount namespace, plays a server by hand on the bare
+/// /dev/fuse, and runs under a time limit in a process of its own. Root is needed. Without the patches most
+/// scenarios are skipped and say so.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Only these: a name, or the beginning of names (`bad-input/`). Default: all
+    names: Vec<String>,
+    /// List the scenarios with what they guard, and run nothing
+    #[arg(long)]
+    list: bool,
+    /// Write the results to this file as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Fail when the kernel lacks the series, instead of skipping
+    #[arg(long)]
+    require_series: bool,
+    /// Run scenarios even where the kernel lacks what they need (they should fail: a check of the checks)
+    #[arg(long)]
+    run_anyway: bool,
+    /// Seed of every shuffled order; a failing run prints it
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Seconds that something may take which should take no time (raise it for debug kernels and emulators)
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    patience: u64,
+    /// Seconds one scenario may take as a whole
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    limit: u64,
+    /// Run everything this many times
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    repeat: u32,
+}
+
+fn table() -> Vec<Scenario> {
+    let families: [fn() -> Vec<Scenario>; 13] = [
+        bad_input::scenarios,
+        replay::scenarios,
+        resend::scenarios,
+        clones::scenarios,
+        held::scenarios,
+        counts::scenarios,
+        again::scenarios,
+        dentries::scenarios,
+        background::scenarios,
+        handover::scenarios,
+        kill::scenarios,
+        unmount::scenarios,
+        bad_inode::scenarios,
+    ];
+    families.iter().flat_map(|family| family()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_belong_to_a_family() {
+        let mut names: Vec<String> = table().into_iter().map(|s| s.name).collect();
+        let count = names.len();
+        assert!(names.iter().all(|n| n.contains('/')), "{names:?}");
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+}

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Abort and unmount in every phase: nobody hangs, nothing is left.
+
+use anyhow::{ensure, Context, Result};
+use nix::errno::Errno;
+use nix::mount::{umount2, MntFlags};
+use nix::sys::signal::Signal;
+
+use super::help::{enter, populated, Phase, PHASES};
+use super::Scenario;
+use crate::raw::app::{App, Proc};
+use crate::raw::dev::Read1;
+use crate::raw::env::Env;
+use crate::raw::kit::Kit;
+use crate::raw::ops::{self, Done};
+use crate::raw::wait::wait_for;
+use crate::raw::wire::op;
+
+pub fn scenarios() -> Vec<Scenario> {
+    type Story = fn(&Env<'_>, Phase) -> Result<()>;
+    let kinds: [(&str, &'static str, Story); 5] = [
+        (
+            "abort",
+            "abort ends a recovery and everybody who waits",
+            abort,
+        ),
+        ("plain", "umount of an idle mount ends a recovery", plain),
+        (
+            "force",
+            "umount -f ends a recovery and everybody who waits",
+            force,
+        ),
+        (
+            "lazy",
+            "umount -l with a held application, which is then killed",
+            lazy,
+        ),
+        (
+            "close",
+            "closing the last descriptor ends a recovery and everybody who waits",
+            close,
+        ),
+    ];
+    let mut all = Vec::new();
+    for (kind, guards, story) in kinds {
+        for phase in PHASES {
+            all.push(Scenario::series(
+                format!("unmount/{kind}-{}", phase.name()),
+                guards,
+                move |env| story(env, phase),
+            ));
+        }
+    }
+    all
+}
+
+/// A recovery in `phase` with two applications in it: one whose request was in dead hands, one that came later.
+fn busy<'a>(env: &'a Env<'a>, phase: Phase) -> Result<(Kit<'a>, Vec<App<Done<()>>>)> {
+    let mut kit = populated(env, 10)?;
+    let old = kit.on("stat", "f0", |p| ops::stat(p).map(drop))?;
+    kit.until_op(op::GETATTR)?;
+    enter(&mut kit, phase)?;
+    let base = kit.conn.waiting()?;
+    let new = kit.parked("mkdir", "d", base + 1, ops::mkdir)?;
+    Ok((kit, vec![old, new]))
+}
+
+fn all_fail(kit: &Kit<'_>, apps: &[App<Done<()>>]) -> Result<()> {
+    for app in apps {
+        let result = app.finish(kit.patience)?;
+        let fine = matches!(result, Err(Errno::ECONNABORTED | Errno::ENOTCONN));
+        ensure!(
+            fine,
+            "{} gave {result:?}, not ECONNABORTED or ENOTCONN",
+            app.what
+        );
+    }
+    Ok(())
+}
+
+fn dead(kit: &mut Kit<'_>) -> Result<()> {
+    match kit.dev.read(kit.patience)? {
+        Read1::Failed(Errno::ENODEV | Errno::ECONNABORTED) => {}
+        Read1::Failed(e) => anyhow::bail!("reading a dead connection gives {e}"),
+        Read1::Nothing => anyhow::bail!("reading a dead connection blocks"),
+        Read1::Message(m) => anyhow::bail!("a dead connection still brings {m}"),
+    }
+    let said = kit.restarted_as(kit.config.identity);
+    ensure!(
+        matches!(said, Err(Errno::EINVAL | Errno::ENODEV)),
+        "RESTARTED on a dead connection gives {said:?}"
+    );
+    Ok(())
+}
+
+fn abort(env: &Env<'_>, phase: Phase) -> Result<()> {
+    let (mut kit, apps) = busy(env, phase)?;
+    kit.conn.abort().context("abort")?;
+    all_fail(&kit, &apps)?;
+    dead(&mut kit)?;
+    kit.conn.wait_waiting(0, kit.patience)?;
+    let state = kit.conn.recovery()?.context("recovery file")?;
+    ensure!(
+        state.state() == "dead",
+        "after abort the state is {:?}",
+        state.state()
+    );
+    Ok(())
+}
+
+/// umount in a thread of its own: it may hang, and then says where.
+fn umount(kit: &mut Kit<'_>, flags: MntFlags) -> Result<App<Done<()>>> {
+    let mnt = kit.mnt.clone();
+    kit.app("umount", move || umount2(&mnt, flags))
+}
+
+fn plain(env: &Env<'_>, phase: Phase) -> Result<()> {
+    let mut kit = populated(env, 10)?;
+    enter(&mut kit, phase)?;
+    let app = umount(&mut kit, MntFlags::empty())?;
+    let result = app.finish(kit.patience)?;
+    ensure!(result == Ok(()), "umount gave {result:?}");
+    kit.was_unmounted();
+    dead(&mut kit)
+}
+
+fn force(env: &Env<'_>, phase: Phase) -> Result<()> {
+    let (mut kit, apps) = busy(env, phase)?;
+    let app = umount(&mut kit, MntFlags::MNT_FORCE)?;
+    let forced = app.finish(kit.patience)?;
+    all_fail(&kit, &apps)?;
+    match forced {
+        Ok(()) => kit.was_unmounted(),
+        // The applications may still have been inside when the mount was looked at.
+        Err(Errno::EBUSY) => {
+            let again = umount(&mut kit, MntFlags::empty())?;
+            ensure!(
+                again.finish(kit.patience)? == Ok(()),
+                "umount after umount -f"
+            );
+            kit.was_unmounted();
+        }
+        Err(e) => anyhow::bail!("umount -f gave {e}"),
+    }
+    dead(&mut kit)
+}
+
+fn lazy(env: &Env<'_>, phase: Phase) -> Result<()> {
+    let mut kit = populated(env, 10)?;
+    enter(&mut kit, phase)?;
+    let base = kit.conn.waiting()?;
+    let path = kit.path("d");
+    let mut app = Proc::spawn("mkdir d", &[kit.dev.raw()], || {
+        i32::from(ops::mkdir(&path).is_err())
+    })?;
+    kit.conn.wait_waiting(base + 1, kit.patience)?;
+    app.wait_asleep(kit.patience)?;
+    let detach = umount(&mut kit, MntFlags::MNT_DETACH)?;
+    ensure!(detach.finish(kit.patience)? == Ok(()), "umount -l");
+    kit.was_unmounted();
+    app.signal(Signal::SIGKILL)?;
+    app.wait(kit.patience)
+        .context("the held application, after umount -l")?;
+    // With its last user the super block goes, and the connection with it.
+    let patience = kit.patience;
+    wait_for("the end of the connection", patience, || {
+        Ok(kit
+            .dev
+            .poll(nix::poll::PollFlags::POLLIN, std::time::Duration::ZERO)?
+            .contains(nix::poll::PollFlags::POLLERR)
+            && kit
+                .conn
+                .recovery()
+                .map_or(true, |r| r.is_none_or(|r| r.state() == "dead")))
+    })?;
+    dead(&mut kit)
+}
+
+fn close(env: &Env<'_>, phase: Phase) -> Result<()> {
+    let (mut kit, apps) = busy(env, phase)?;
+    let spare = crate::raw::dev::Device::open("/dev/fuse")?;
+    drop(std::mem::replace(&mut kit.dev, spare));
+    all_fail(&kit, &apps)
+}
