@@ -126,6 +126,15 @@ enum KernelSub {
     },
     /// Only install what building, booting and testing need
     Setup,
+    /// Compare the Rust files inside the patches with rust-fuse-notify/, or write them anew
+    Series {
+        /// Write them; without it differences are an error
+        #[arg(long)]
+        write: bool,
+        /// Compare (the default)
+        #[arg(long, conflicts_with = "write")]
+        check: bool,
+    },
 }
 
 pub fn run() -> Result<ExitCode> {
@@ -175,6 +184,20 @@ impl KernelArgs {
                     setup::ensure(need)?;
                 }
                 ui::step("everything is installed");
+            }
+            Some(KernelSub::Series { write: true, .. }) => {
+                let changed = kernel::generated::write(&paths.repo, &paths.patches())?;
+                println!("{changed} patches written");
+            }
+            Some(KernelSub::Series { write: false, .. }) => {
+                let wrong = kernel::generated::check(&paths.repo, &paths.patches())?;
+                if !wrong.is_empty() {
+                    anyhow::bail!(
+                        "{}\n`scripts/kernel series --write` writes them anew",
+                        wrong.join("\n")
+                    );
+                }
+                println!("the patches carry what rust-fuse-notify/ has");
             }
             None => {
                 let all = [Flavor::Uml, Flavor::Stock, Flavor::Patched];

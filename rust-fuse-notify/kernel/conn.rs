@@ -138,6 +138,12 @@ impl Restart {
         unsafe { bindings::fuse_chan_refuse(self.fch, epoch) };
     }
 
+    /// Lets the server send notifications again: it has committed.
+    pub(super) fn commit(self, epoch: u32) {
+        // SAFETY: By the type invariants.
+        unsafe { bindings::fuse_chan_commit(self.fch, epoch) };
+    }
+
     /// Returns whether no request is in anybody's hands. If one is then the engine will run again.
     pub(super) fn is_settled(self) -> bool {
         // SAFETY: By the type invariants.

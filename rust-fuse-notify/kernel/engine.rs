@@ -124,6 +124,7 @@ impl Engine {
             Demand::Restarted => self.restarted(state, out.cookie)?,
             Demand::Commit(epoch) => {
                 state.machine.commit(epoch)?;
+                self.restart.commit(epoch);
                 state.since = now();
             }
         }

@@ -167,9 +167,14 @@ pub struct Logged {
 
 pub fn count(events: &[Record]) -> Logged {
     let mut logged = Logged::default();
-    for record in events {
+    // A server that ends because the mount does has not died.
+    let unmounted = |e: &&Record| !matches!(e.event, Event::Unmounted { .. });
+    for record in events.iter().take_while(unmounted) {
         match &record.event {
             Event::Started { .. } => logged.starts += 1,
+            Event::Died {
+                connected: false, ..
+            } => {}
             Event::Died { recovery, .. } => {
                 logged.deaths += 1;
                 logged.recoveries.extend(recovery.clone());

@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::sys::signal::{kill, Signal};
@@ -16,6 +16,9 @@ use super::rng::Rng;
 use super::watchdog::Watchdog;
 use crate::fusectl;
 use crate::keep::events::now_ns;
+
+/// For so long a kill looks for a request in flight.
+const LOOK_FOR_A_REQUEST: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kill {
@@ -62,7 +65,11 @@ impl Field {
             .context("the keeper's status is gone")?
             .keeper
             .connection;
-        let in_flight = fusectl::waiting(connection).unwrap_or(0);
+        // A random moment, moved to the next one (if there is one soon) at which somebody waits for an answer.
+        let (mut in_flight, start) = (0, Instant::now());
+        while in_flight == 0 && start.elapsed() < LOOK_FOR_A_REQUEST {
+            in_flight = fusectl::waiting(connection).unwrap_or(0);
+        }
         let kill_now = Kill {
             at_ns: now_ns(),
             in_flight,

@@ -32,11 +32,13 @@ pub enum Event {
     StartFailed {
         error: String,
     },
-    /// `lived_ns`: since it was started. `recovery`: the kernel's counts at that moment, if it has any.
+    /// `lived_ns`: since it was started. `connected`: false if it ended because the mount had.
+    /// `recovery`: the kernel's counts at that moment, if it has any.
     Died {
         pid: i32,
         status: String,
         lived_ns: u64,
+        connected: bool,
         recovery: Option<Recovery>,
     },
     /// All that the dead instance left behind is gone.
@@ -128,6 +130,7 @@ mod tests {
             pid: 7,
             status: "killed by SIGKILL".into(),
             lived_ns: 5,
+            connected: true,
             recovery: None,
         };
         EventLog::open(Some(&path)).unwrap().write(event.clone());

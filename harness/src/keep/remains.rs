@@ -20,7 +20,9 @@ use super::mount;
 
 /// Everything that descends from a server this keeper started.
 pub struct Remains {
+    /// Of the instance that runs now, or ran last.
     cgroup: Option<Cgroup>,
+    cgroups: u64,
     /// Are orphans our children? Not if we were started with children that are none of our business.
     subreaper: bool,
 }
@@ -35,14 +37,21 @@ impl Remains {
         let subreaper =
             childless && unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) } == 0;
         Self {
-            cgroup: Cgroup::create().ok(),
+            cgroup: None,
+            cgroups: 0,
             subreaper,
         }
     }
 
-    /// Where the child announces itself.
-    pub fn cgroup_procs(&self) -> Option<BorrowedFd<'_>> {
-        self.cgroup.as_ref().map(|c| c.procs.as_fd())
+    /// A cgroup that the next server is to be born in, if we may make one.
+    ///
+    /// A new one each time: kernels since 6.14 kill at birth what clone3(2) puts into a cgroup that was killed once,
+    /// because they compare the kill counts of the wrong two groups.
+    pub fn new_cgroup(&mut self) -> Option<BorrowedFd<'_>> {
+        self.cgroup = None;
+        self.cgroups += 1;
+        self.cgroup = Cgroup::create(self.cgroups).ok();
+        self.cgroup.as_ref().map(|c| c.opened.as_fd())
     }
 
     pub fn describe(&self) -> &'static str {
@@ -109,12 +118,12 @@ impl Remains {
 
 struct Cgroup {
     dir: PathBuf,
-    procs: File,
+    opened: File,
 }
 
 impl Cgroup {
     /// Below our own one, in the unified hierarchy.
-    fn create() -> io::Result<Self> {
+    fn create(number: u64) -> io::Result<Self> {
         let missing = || io::Error::from(io::ErrorKind::NotFound);
         let own = fs::read_to_string("/proc/self/cgroup")?;
         let own = own
@@ -138,16 +147,14 @@ impl Cgroup {
         let dir = hierarchy
             .mountpoint
             .join(below)
-            .join(format!("fuse-restart-{}", std::process::id()));
+            .join(format!("fuse-restart-{}-{number}", std::process::id()));
         fs::create_dir(&dir)?;
-        let opened = OpenOptions::new()
-            .write(true)
-            .open(dir.join("cgroup.procs"));
+        let opened = File::open(&dir);
         if opened.is_err() || !dir.join("cgroup.kill").exists() {
             let _ = fs::remove_dir(&dir);
         }
         Ok(Self {
-            procs: opened?,
+            opened: opened?,
             dir,
         })
     }

@@ -58,44 +58,104 @@ impl Program {
         &self,
         device: BorrowedFd,
         state: BorrowedFd,
-        cgroup_procs: Option<BorrowedFd>,
+        cgroup: Option<BorrowedFd>,
     ) -> Result<Instance> {
+        if let Some(instance) = self.try_start(device, state, cgroup)? {
+            return Ok(instance);
+        }
+        // Killed at birth: should the cgroup be to blame (see `Remains::new_cgroup`), it goes without.
+        self.try_start(device, state, None)?
+            .ok_or_else(|| anyhow!("the server {:?} was killed before it started", self.name()))
+    }
+
+    /// None: something killed the child before it came to exec.
+    fn try_start(
+        &self,
+        device: BorrowedFd,
+        state: BorrowedFd,
+        cgroup: Option<BorrowedFd>,
+    ) -> Result<Option<Instance>> {
         let argv = null_terminated(&self.argv);
         let (environment, pid_digits) = environment();
         let envp = null_terminated(&environment);
-        // Tells us the errno when exec fails; closed by a successful exec.
-        let (failed, fail) = pipe2(OFlag::O_CLOEXEC).context("pipe for starting the server")?;
+        // Says how far the child came: READY, then the errno if exec failed; closed by a successful exec.
+        let (said, say) = pipe2(OFlag::O_CLOEXEC).context("pipe for starting the server")?;
 
         // SAFETY: the child only makes async-signal-safe calls until it execs or exits (see `child`).
-        match unsafe { fork() }.context("cannot fork the server")? {
-            ForkResult::Child => child(
-                &argv,
-                &envp,
-                pid_digits,
-                [device, state],
-                cgroup_procs,
-                &fail,
-            ),
-            ForkResult::Parent { child: pid } => {
-                drop(fail);
-                let mut errno = [0u8; 4];
-                let exec_failed = std::fs::File::from(failed).read_exact(&mut errno).is_ok();
-                if exec_failed {
-                    let _ = waitpid(pid, None);
-                    let error = std::io::Error::from_raw_os_error(i32::from_ne_bytes(errno));
-                    return Err(anyhow!(
-                        "cannot start the server {:?}: {error}; give its full path after `--`, and see that it is executable",
-                        self.name()
-                    ));
-                }
-                // Nobody has reaped the child, so the pid still names it, dead or alive.
-                Ok(Instance {
-                    pid,
-                    pidfd: pidfd_open(pid)?,
-                    started: Instant::now(),
-                })
-            }
+        let (pid, pidfd) = match unsafe { fork_into(cgroup) }? {
+            Forked::Child => child(&argv, &envp, pid_digits, [device, state], &say),
+            Forked::Parent(pid, pidfd) => (pid, pidfd),
+        };
+        drop(say);
+        let mut words = Vec::new();
+        std::fs::File::from(said)
+            .read_to_end(&mut words)
+            .context("waiting for the server to start")?;
+        if words == READY {
+            let started = Instant::now();
+            return Ok(Some(Instance {
+                pid,
+                pidfd,
+                started,
+            }));
         }
+        let _ = waitpid(pid, None);
+        let Some(errno) = words.get(READY.len()..).and_then(|w| w.try_into().ok()) else {
+            return Ok(None);
+        };
+        let error = std::io::Error::from_raw_os_error(i32::from_ne_bytes(errno));
+        Err(anyhow!(
+            "cannot start the server {:?}: {error}; give its full path after `--`, and see that it is executable",
+            self.name()
+        ))
+    }
+}
+
+/// What a child says when all that is left is exec.
+const READY: &[u8] = b"x";
+
+/// As in <linux/sched.h>; the constant of the libc crate is too narrow for it.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+enum Forked {
+    Child,
+    Parent(Pid, OwnedFd),
+}
+
+/// fork(2), the child being born in `cgroup` (a directory) if that is possible.
+///
+/// Born there, because moving a running process waits for an RCU grace period (20 ms and more), and every application
+/// would wait with it. If the cgroup refuses, the process group and the parentage still find what is left of a server.
+///
+/// # Safety
+/// As for fork(2): the child may only make async-signal-safe calls.
+unsafe fn fork_into(cgroup: Option<BorrowedFd>) -> Result<Forked> {
+    if let Some(cgroup) = cgroup {
+        let mut pidfd: RawFd = -1;
+        // SAFETY: all zeros is a valid value of this plain struct.
+        let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+        args.flags = libc::CLONE_PIDFD as u64 | CLONE_INTO_CGROUP;
+        args.pidfd = &raw mut pidfd as u64;
+        args.exit_signal = libc::SIGCHLD as u64;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+        // SAFETY: without CLONE_VM this is a fork; `args` and what it points to live until it returns.
+        let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of_val(&args)) };
+        match pid {
+            0 => return Ok(Forked::Child),
+            // SAFETY: the kernel has just made this descriptor for us.
+            1.. => {
+                return Ok(Forked::Parent(Pid::from_raw(pid as i32), unsafe {
+                    OwnedFd::from_raw_fd(pidfd)
+                }))
+            }
+            _ => {}
+        }
+    }
+    // SAFETY: the caller's promise.
+    match unsafe { fork() }.context("cannot fork the server")? {
+        ForkResult::Child => Ok(Forked::Child),
+        // Nobody has reaped the child, so the pid still names it, dead or alive.
+        ForkResult::Parent { child } => Ok(Forked::Parent(child, pidfd_open(child)?)),
     }
 }
 
@@ -150,17 +210,12 @@ fn child(
     envp: &[*const libc::c_char],
     pid_digits: *mut u8,
     hand_on: [BorrowedFd; 2],
-    cgroup_procs: Option<BorrowedFd>,
-    fail: &OwnedFd,
+    say: &OwnedFd,
 ) -> ! {
     // SAFETY: every call is async-signal-safe and every pointer was made before the fork by `start`, which still
     // holds what they point to in this copy of the address space.
     unsafe {
         libc::setpgid(0, 0);
-        if let Some(procs) = cgroup_procs {
-            // If the cgroup refuses us, the process group and the parentage still find what is left of us.
-            libc::write(procs.as_raw_fd(), b"0".as_ptr().cast(), 1);
-        }
         write_pid(pid_digits, libc::getpid());
 
         // The keeper takes its signals from a signalfd: unblock them; Rust ignores SIGPIPE: undo that.
@@ -170,9 +225,9 @@ fn child(
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
 
         // First out of the way of 3 and 4, then to them; dup2 clears close-on-exec. Nothing else is handed on.
-        let fail = libc::fcntl(fail.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 10);
+        let say = libc::fcntl(say.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 10);
         let high = hand_on.map(|fd| libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 10));
-        let mut ok = fail >= 0;
+        let mut ok = say >= 0;
         for (i, fd) in high.into_iter().enumerate() {
             ok = ok && fd >= 0 && libc::dup2(fd, FIRST_FD + i as RawFd) >= 0;
         }
@@ -184,10 +239,11 @@ fn child(
                 u32::MAX,
                 libc::CLOSE_RANGE_CLOEXEC,
             );
+            libc::write(say, READY.as_ptr().cast(), READY.len());
             libc::execvpe(argv[0], argv.as_ptr(), envp.as_ptr());
         }
         let errno = (*libc::__errno_location()).to_ne_bytes();
-        libc::write(fail, errno.as_ptr().cast(), errno.len());
+        libc::write(say, errno.as_ptr().cast(), errno.len());
         libc::_exit(127)
     }
 }

@@ -85,7 +85,18 @@ fn nothing_of_the_dead_instance_is_alive_when_the_next_one_starts() {
     });
     let children: Vec<i32> = said().lines().take(3).map(|l| l.parse().unwrap()).collect();
     assert!(children.iter().all(|p| alive(*p)), "{children:?}");
-    sigkill(pid_of(&keeper.event("started", 1)));
+    let server = pid_of(&keeper.event("started", 1));
+    if keeper.stderr().contains("by cgroup") {
+        let cgroup = fs::read_to_string(format!("/proc/{server}/cgroup")).unwrap();
+        let ours = format!("/fuse-restart-{}-1", keeper.child.id());
+        assert!(
+            cgroup
+                .lines()
+                .any(|l| l.starts_with("0::") && l.ends_with(&ours)),
+            "{cgroup}"
+        );
+    }
+    sigkill(server);
     keeper.event("cleared", 1);
     let left: Vec<_> = children.iter().filter(|p| alive(**p)).collect();
     assert!(left.is_empty(), "cleared, but {left:?} live");

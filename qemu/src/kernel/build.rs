@@ -70,7 +70,7 @@ pub fn build(paths: &Paths, flavor: Flavor) -> Result<Built> {
     if written > 0 {
         ui::step(format!("series: {written} files of the tree written"));
     }
-    let wanted = wanted(paths, flavor, &source, !patches.is_empty())?;
+    let wanted = wanted(paths, flavor, &source)?;
     let fragment = objects.join("wanted.config");
     fs::write(&fragment, config::render(&wanted))?;
     let mut c = tools.make(&source.tree, &objects, flavor.arch());
@@ -99,12 +99,13 @@ pub fn build(paths: &Paths, flavor: Flavor) -> Result<Built> {
     Ok(built)
 }
 
+/// What every kernel here needs to be of use as a test bed, then the series.
 fn patches(paths: &Paths, flavor: Flavor) -> Result<Vec<PathBuf>> {
+    let mut patches = series::list(&paths.repo.join("qemu/patches/7.3"))?;
     if flavor.series() {
-        series::list(&paths.patches())
-    } else {
-        Ok(vec![])
+        patches.extend(series::list(&paths.patches())?);
     }
+    Ok(patches)
 }
 
 fn input_hash(paths: &Paths, flavor: Flavor, source: &Source, tools: &Tools) -> Result<String> {
@@ -114,16 +115,16 @@ fn input_hash(paths: &Paths, flavor: Flavor, source: &Source, tools: &Tools) -> 
         h.update([0]);
     }
     h.update(series::hash(&patches(paths, flavor)?)?);
-    for text in fragments(paths, flavor, true)? {
+    for text in fragments(paths, flavor)? {
         h.update(text.as_bytes());
         h.update([0]);
     }
     Ok(hex(&h.finalize())[..12].to_string())
 }
 
-fn fragments(paths: &Paths, flavor: Flavor, with_series: bool) -> Result<Vec<String>> {
+fn fragments(paths: &Paths, flavor: Flavor) -> Result<Vec<String>> {
     let mut names = flavor.fragments().to_vec();
-    if with_series && flavor.series() {
+    if flavor.series() {
         names.push("series");
         if names.contains(&"checks") {
             names.push("series-checks");
@@ -140,14 +141,9 @@ fn fragments(paths: &Paths, flavor: Flavor, with_series: bool) -> Result<Vec<Str
 
 /// The series' own symbols are asked for only if the tree has them: a series
 /// under construction may not have come that far.
-fn wanted(
-    paths: &Paths,
-    flavor: Flavor,
-    source: &Source,
-    patched: bool,
-) -> Result<config::Symbols> {
+fn wanted(paths: &Paths, flavor: Flavor, source: &Source) -> Result<config::Symbols> {
     let kconfig = fs::read_to_string(source.tree.join("fs/fuse/Kconfig")).unwrap_or_default();
-    let mut wanted = config::merge(&fragments(paths, flavor, patched)?);
+    let mut wanted = config::merge(&fragments(paths, flavor)?);
     wanted.retain(|s, _| !s.starts_with("CONFIG_FUSE_RESTART") || defines(&kconfig, s));
     Ok(wanted)
 }
@@ -190,9 +186,33 @@ fn adopt_sibling(objects: &Path, flavor: Flavor) -> Result<()> {
             part.display()
         );
     }
+    rename_in_commands(&part, &donor, objects)?;
     // An interrupted first build must not pass for a complete one.
     fs::remove_file(part.join(COMPLETE))?;
     Ok(fs::rename(&part, objects)?)
+}
+
+/// kbuild compiles again what was compiled by another command, and those of
+/// Rust objects name the object directory.
+fn rename_in_commands(dir: &Path, from: &Path, to: &Path) -> Result<()> {
+    let (from, to) = (from.display().to_string(), to.display().to_string());
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            rename_in_commands(&path, Path::new(&from), Path::new(&to))?;
+        } else if path.extension().is_some_and(|x| x == "cmd") {
+            let text = fs::read_to_string(&path)?;
+            // Whole path components only: `stock` is not `stock2`.
+            let new = text
+                .replace(&format!("{from}/"), &format!("{to}/"))
+                .replace(&format!("{from} "), &format!("{to} "));
+            if new != text {
+                fs::write(&path, new)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn result_dir(paths: &Paths, flavor: Flavor, hash: &str) -> PathBuf {
@@ -364,7 +384,7 @@ mod tests {
         let (_dir, paths, source, _) = lab();
         fs::write(paths.config("series"), "CONFIG_FUSE_RESTART=y\n").unwrap();
         let has = |s: &Source| {
-            wanted(&paths, Flavor::Patched, s, true)
+            wanted(&paths, Flavor::Patched, s)
                 .unwrap()
                 .contains_key("CONFIG_FUSE_RESTART")
         };
@@ -376,7 +396,7 @@ mod tests {
         )
         .unwrap();
         assert!(has(&source));
-        assert!(!wanted(&paths, Flavor::Stock, &source, false)
+        assert!(!wanted(&paths, Flavor::Stock, &source)
             .unwrap()
             .contains_key("CONFIG_FUSE_RESTART"));
         assert!(defines("config  FUSE_RESTART", "CONFIG_FUSE_RESTART"));
@@ -389,11 +409,15 @@ mod tests {
         let (stock, patched) = (dir.path().join("stock"), dir.path().join("patched"));
         fs::create_dir(&stock).unwrap();
         fs::write(stock.join("a.o"), "o").unwrap();
+        let cmd = |d: &Path| format!("OBJTREE={0} rustc -L {0}/rust -L {0}2\n", d.display());
+        fs::write(stock.join(".a.o.cmd"), cmd(&stock)).unwrap();
         adopt_sibling(&patched, Flavor::Patched).unwrap();
         assert!(!patched.exists(), "an incomplete donor gives nothing");
         fs::write(stock.join(COMPLETE), "").unwrap();
         adopt_sibling(&patched, Flavor::Patched).unwrap();
         assert!(patched.join("a.o").exists() && !patched.join(COMPLETE).exists());
+        let want = cmd(&patched).replace("patched2", "stock2");
+        assert_eq!(fs::read_to_string(patched.join(".a.o.cmd")).unwrap(), want);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 pub mod build;
 pub mod config;
 pub mod flavor;
+pub mod generated;
 pub mod series;
 pub mod source;
 pub mod tools;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The demonstration: sets up, builds, and shows it in a guest.
 
+use super::build_program;
 use crate::kernel;
 use crate::paths::Paths;
 use crate::setup::{self, Need};
 use crate::ui;
 use crate::vm::{self, BackendName, KernelName};
-use anyhow::{ensure, Context, Result};
+use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
@@ -30,6 +31,12 @@ pub struct DemoArgs {
     /// Leave the column without the series out
     #[arg(long)]
     no_stock: bool,
+    /// Memory of the guests in MiB
+    #[arg(long, value_name = "M", default_value_t = 3072)]
+    mem: u32,
+    /// Time limit of each guest
+    #[arg(long, value_name = "SECONDS", default_value_t = 700)]
+    timeout: u64,
     /// Passed to `fuse-restart demo` (see its --help), for both columns
     #[arg(last = true)]
     rest: Vec<String>,
@@ -39,10 +46,14 @@ pub fn run(paths: &Paths, args: &DemoArgs) -> Result<ExitCode> {
     for need in [Need::Kernel, Need::Qemu, Need::Guest] {
         setup::ensure(need)?;
     }
-    let program = build(paths)?;
+    let program = build_program(paths, true)?;
     let mut kernels = vec![args.kernel];
     if args.kernel != KernelName::Stock && !args.no_stock {
         kernels.push(KernelName::Stock);
+    }
+    // Stock first: with its objects the patched one is a matter of minutes.
+    for &kernel in kernels.iter().rev() {
+        kernel::ensure(paths, vm::resolve(args.backend, kernel, false)?.1)?;
     }
     let mut results = Vec::new();
     for &kernel in &kernels {
@@ -93,47 +104,15 @@ fn guest(
     let options = vm::Options {
         backend: args.backend,
         kernel,
-        mem: None,
-        cpus: None,
-        timeout: Duration::from_secs(700),
-        icount: false,
+        mem: Some(args.mem),
+        timeout: Duration::from_secs(args.timeout),
         out: Some(out.to_owned()),
-        log: None,
         env: vec![format!(
             "FUSE_RESTART_KERNEL_SOURCE={}",
             source.tree.display()
         )],
-        append: vec![],
-        kmemleak: true,
-        quiet: false,
         argv,
+        ..vm::Options::default()
     };
     vm::run(paths, &options)
-}
-
-/// The program under demonstration, optimised.
-fn build(paths: &Paths) -> Result<PathBuf> {
-    ui::step("building fuse-restart (a minute or two the first time)");
-    let status = Command::new("cargo")
-        .args([
-            "build",
-            "--release",
-            "--locked",
-            "--quiet",
-            "-p",
-            "fuse-restart",
-        ])
-        .current_dir(&paths.repo)
-        .status()
-        .context("cannot run cargo")?;
-    ensure!(status.success(), "cargo build ended with {status}");
-    let target = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| paths.repo.join("target"), PathBuf::from);
-    let program = paths.repo.join(target).join("release/fuse-restart");
-    ensure!(
-        Path::new(&program).is_file(),
-        "{} is not there after the build",
-        program.display()
-    );
-    Ok(program)
 }

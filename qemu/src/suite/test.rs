@@ -2,7 +2,7 @@
 //! All checks, cheap ones first. Ends with `N passed, N failed`: N counts cargo
 //! tests one by one and every other check as one.
 
-use super::smoke;
+use super::{scenarios, smoke};
 use crate::kernel::{self, flavor::Flavor};
 use crate::paths::Paths;
 use crate::setup::{self, Need};
@@ -30,6 +30,7 @@ pub struct TestArgs {
 pub struct Tally {
     pub passed: u32,
     pub failed: u32,
+    skipped: u32,
     failures: Vec<String>,
 }
 
@@ -46,6 +47,16 @@ impl Tally {
         }
     }
 
+    /// Results that a program counted itself.
+    pub fn add(&mut self, name: &str, passed: u32, failed: u32, skipped: u32) {
+        self.passed += passed;
+        if failed > 0 {
+            self.fail(name, &format!("{failed} failed"));
+            self.failed += failed - 1;
+        }
+        self.skipped += skipped;
+    }
+
     fn fail(&mut self, name: &str, why: &str) {
         self.failed += 1;
         eprintln!("FAILED: {name}: {why}");
@@ -56,7 +67,12 @@ impl Tally {
         for f in &self.failures {
             println!("failed: {f}");
         }
-        println!("{} passed, {} failed", self.passed, self.failed);
+        let skipped = if self.skipped > 0 {
+            format!(", {} skipped", self.skipped)
+        } else {
+            String::new()
+        };
+        println!("{} passed, {} failed{skipped}", self.passed, self.failed);
         ExitCode::from(u8::from(self.failed > 0 || self.passed == 0))
     }
 }
@@ -82,6 +98,11 @@ pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
     if args.host {
         return Ok(tally.finish());
     }
+    if knows_series_check()? {
+        tally.check("the series is what the crate generates", || {
+            me(paths, &["kernel", "series", "--check"])
+        });
+    }
     tally.check("packages for guests", || setup::ensure(Need::Guest));
     tally.check("packages for QEMU", || setup::ensure(Need::Qemu));
     let mut flavors = vec![Flavor::Uml, Flavor::Stock, Flavor::Patched];
@@ -92,7 +113,26 @@ pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
         });
     }
     smoke::run(paths, &mut tally, args.debug_kernel);
+    scenarios::run(paths, &mut tally, args.debug_kernel);
     Ok(tally.finish())
+}
+
+/// `scripts/kernel series` comes with the series.
+fn knows_series_check() -> Result<bool> {
+    let out = Command::new(std::env::current_exe()?)
+        .args(["kernel", "series", "--help"])
+        .output()?;
+    Ok(out.status.success())
+}
+
+fn me(paths: &Paths, args: &[&str]) -> Result<()> {
+    let status = Command::new(std::env::current_exe()?)
+        .args(args)
+        .env("FUSE_RESTART_REPO", &paths.repo)
+        .stdin(Stdio::null())
+        .status()?;
+    anyhow::ensure!(status.success(), "{} ended with {status}", args.join(" "));
+    Ok(())
 }
 
 fn cargo(paths: &Paths, args: &[&str]) -> Result<()> {

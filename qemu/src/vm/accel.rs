@@ -4,7 +4,7 @@
 //! a guest must have booted with it here, within seconds; then, or if it did
 //! not, that is remembered for this host kernel and this QEMU.
 
-use super::{qemu::Qemu, runner, BackendName, KernelName, Options};
+use super::{qemu::Qemu, runner, BackendName, Options};
 use crate::kernel::Built;
 use crate::paths::Paths;
 use anyhow::Result;
@@ -41,18 +41,12 @@ pub fn kvm_boots(paths: &Paths, kernel: &Built) -> Result<bool> {
     ));
     let opts = Options {
         backend: BackendName::Qemu,
-        kernel: KernelName::Stock,
         mem: Some(512),
-        cpus: Some(2),
         timeout: LIMIT,
-        icount: false,
-        out: None,
-        log: None,
-        env: vec![],
-        append: vec![],
         kmemleak: false,
         quiet: true,
         argv: vec!["/bin/true".into()],
+        ..Options::default()
     };
     let kvm_boots = matches!(runner::boot(paths, &opts, &Qemu { kvm: true }, kernel), Ok(o) if o.exit_code() == 0);
     crate::ui::step(if kvm_boots {

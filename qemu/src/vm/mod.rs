@@ -63,6 +63,26 @@ pub struct Options {
     pub argv: Vec<String>,
 }
 
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            backend: BackendName::Auto,
+            kernel: KernelName::Patched,
+            mem: None,
+            cpus: None,
+            timeout: Duration::from_secs(600),
+            icount: false,
+            out: None,
+            log: None,
+            env: vec![],
+            append: vec![],
+            kmemleak: true,
+            quiet: false,
+            argv: vec![],
+        }
+    }
+}
+
 /// What a backend must know to start a guest.
 pub struct Guest<'a> {
     pub image: &'a Path,

@@ -18,13 +18,10 @@ impl Supervisor {
     pub(super) fn on_connection_gone(&mut self, dead: &Dead) -> Result<Option<End>> {
         if !self.mounted || !mount::still_mounted(&self.mountpoint, self.connection) {
             if self.mounted {
-                self.mounted = false;
-                info!(
-                    "{} was unmounted from outside; nothing left to keep",
-                    self.status.mountpoint
-                );
-                self.log.write(Event::Unmounted {
-                    how: "from outside".into(),
+                // Ours may have come through in the kernel before its thread told us.
+                self.unmounted(match self.unmounter.running() {
+                    true => "clean",
+                    false => "from outside",
                 });
             }
             return Ok(Some(End::Clean));

@@ -333,6 +333,7 @@ impl Supervisor {
             pid: pid.as_raw(),
             status: describe(status),
             lived_ns: lived.as_nanos() as u64,
+            connected: !mount::connection_gone(&self.device),
             recovery,
         });
         let dead = Dead {
@@ -429,7 +430,7 @@ impl Supervisor {
         let instance = self.program.start(
             self.device.as_fd(),
             self.state.as_fd(),
-            self.remains.cgroup_procs(),
+            self.remains.new_cgroup(),
         )?;
         self.log.write(Event::Started {
             pid: instance.pid.as_raw(),

@@ -458,3 +458,56 @@ proptest! {
         }
     }
 }
+
+/// Lookups and FORGETs of the same files from several threads: no count is lost, no nodeid names two files.
+#[test]
+fn threads() {
+    let config = Config { nodes: 1000, handles: 1000, journal: 8 };
+    let fd = State::create_memfd().unwrap();
+    let state = State::open(fd.try_clone().unwrap(), IDENTITY, &config).unwrap();
+    let held: Vec<HashMap<u64, u64>> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..4_u64)
+            .map(|worker| {
+                let state = &state;
+                scope.spawn(move || {
+                    let mut held: HashMap<u64, u64> = HashMap::new();
+                    let mut random = worker + 1;
+                    for turn in 0..20_000_u64 {
+                        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                        let which = (random >> 33) % 50;
+                        let found = state.nodes().lookup(&node(which)).unwrap();
+                        *held.entry(found.nodeid).or_default() += 1;
+                        assert_eq!(state.nodes().get(found.nodeid).unwrap().info, node(which));
+                        // Gives back what it holds of another.
+                        if let Some(nodeid) = held.keys().copied().nth((random >> 20) as usize % held.len()) {
+                            let count = held.remove(&nodeid).unwrap();
+                            if state.nodes().forget(nodeid, count).is_some() {
+                                state.remove_node(nodeid);
+                            }
+                        }
+                        let id = worker << 32 | (turn + 1);
+                        let mut slot = state.journal().begin(id, &Intent { opcode: worker as u32, ..Intent::default() }).unwrap();
+                        slot.outcome(&Err(worker as i32 + 1)).unwrap();
+                        assert_eq!(state.journal().lookup(id), Some(Recorded::Outcome(Err(worker as i32 + 1))));
+                        slot.done();
+                    }
+                    held
+                })
+            })
+            .collect();
+        workers.into_iter().map(|worker| worker.join().unwrap()).collect()
+    });
+    let mut counts: HashMap<u64, u64> = HashMap::new();
+    for (nodeid, count) in held.into_iter().flatten() {
+        *counts.entry(nodeid).or_default() += count;
+    }
+    let mut found = HashMap::new();
+    state.nodes().for_each(|node| {
+        found.insert(node.nodeid, node.lookups);
+    });
+    assert_eq!(found, counts);
+    assert!(state.journal().is_empty());
+    drop(state);
+    let state = open(&fd).unwrap();
+    assert_eq!(state.nodes().len(), counts.len());
+}
