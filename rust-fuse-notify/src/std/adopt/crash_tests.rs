@@ -8,7 +8,9 @@ use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 use nix::sys::signal::{kill, Signal};
-use nix::sys::socket::{recv, send, socketpair, AddressFamily, MsgFlags, SockFlag, SockType};
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::socket::{recv, send, setsockopt, socketpair, AddressFamily, MsgFlags, SockFlag, SockType};
+use nix::sys::time::{TimeVal, TimeValLike};
 use nix::sys::wait::{waitpid, WaitStatus};
 
 use super::fake_kernel::{Inode, Phase};
@@ -67,8 +69,15 @@ fn life(mount: &Mount, how: Kill) -> bool {
     });
     drop(theirs);
     let mut buffer = [0; 8192];
+    setsockopt(&ours, ReceiveTimeout, &TimeVal::seconds(60)).unwrap();
     for nth in 0.. {
-        let len = recv(ours.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap_or(0);
+        let len = match recv(ours.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            Err(Errno::EAGAIN) => {
+                kill(child, Signal::SIGKILL).unwrap();
+                panic!("{how:?}: the instance hangs");
+            }
+            other => other.unwrap_or(0),
+        };
         if len == 0 {
             break;
         }

@@ -17,6 +17,9 @@ pub enum AdoptError {
     /// Unmounted or aborted.
     #[error("the file system was unmounted, or its connection aborted: there is nothing to take over; mount it again")]
     Gone,
+    /// A descriptor of `/dev/fuse` with which nothing is mounted.
+    #[error("nothing is mounted with this descriptor of /dev/fuse: mount(2) with its number in fd= first")]
+    NotMounted,
     /// Reading or writing failed.
     #[error("{doing}: {errno}")]
     Device {

@@ -228,8 +228,13 @@ impl Adopt {
     fn read_init(&self) -> Result<Vec<u8>, AdoptError> {
         let fd = self.device.as_fd();
         // Reading would take a request from an application, which only the missing state could answer.
-        if Notifier::new(fd).probe()? != Support::OldKernel {
-            return Err(AdoptError::StateLost);
+        match Notifier::new(fd).probe() {
+            Ok(Support::OldKernel) => {}
+            Ok(_) => return Err(AdoptError::StateLost),
+            Err(NotifyError::Io(error)) if error.raw_os_error() == Some(libc::EPERM) => {
+                return Err(AdoptError::NotMounted)
+            }
+            Err(other) => return Err(other.into()),
         }
         loop {
             match self.state.init().read_request(fd) {

@@ -347,6 +347,8 @@ fn a_state_that_does_not_belong_to_the_mount() {
     // Served before, memfd lost: reading would steal a request.
     let mut mount = Mount::served(&[]);
     mount.memfd = State::create_memfd().unwrap();
+    let request = [0; 40];
+    nix::sys::socket::send(mount.far.as_raw_fd(), &request, nix::sys::socket::MsgFlags::empty()).unwrap();
     assert!(matches!(mount.adopt(&mut Server::default(), SIGNS), Err(AdoptError::StateLost)));
     // Served before, mounted afresh with the old memfd.
     let mut mount = Mount::served(&[]);
@@ -358,6 +360,15 @@ fn a_state_that_does_not_belong_to_the_mount() {
     let mount = Mount::new(FUSE_RESTARTABLE);
     mount.kernel.borrow_mut().awaits_init = false;
     assert!(matches!(mount.adopt(&mut Server::default(), SIGNS), Err(AdoptError::InitLost)));
+}
+
+#[test]
+fn a_device_without_a_mount() {
+    let Ok(device) = std::fs::File::options().read(true).write(true).open("/dev/fuse") else {
+        return eprintln!("SKIPPED: /dev/fuse cannot be opened");
+    };
+    let adopt = Adopt::new(device.into(), open_state(&State::create_memfd().unwrap()));
+    assert!(matches!(adopt.run(&mut Server::default(), session(SIGNS)), Err(AdoptError::NotMounted)));
 }
 
 #[test]
@@ -427,8 +438,10 @@ fn messages_that_have_no_place_in_a_recovery() {
     ];
     for (message, is_right) in cases {
         mount.kernel.borrow_mut().inject.push_back(message.clone());
-        let error = mount.adopt(&mut Server::default(), SIGNS).unwrap_err();
+        let mut server = Server::default();
+        let error = mount.adopt(&mut server, SIGNS).unwrap_err();
         assert!(is_right(&error), "{message:?}: {error:?}");
+        assert!(!server.calls.contains(&"finish true".to_owned()), "{message:?} was taken for the end");
         assert!(!mount.log().iter().any(|entry| entry.starts_with("commit")));
         assert!(mount.adopt(&mut Server::default(), SIGNS).is_ok(), "the next one cannot take over");
         mount.log();
