@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The command line: one enum variant a subcommand, each handed to its module.
-//!
-//! A subcommand that is not there yet says so and fails; it never pretends.
 
 use std::process::ExitCode;
 
@@ -24,7 +22,8 @@ enum Command {
     /// Say how a kept mount is doing
     Status(crate::status::Args),
     /// Measure
-    Bench,
+    #[command(subcommand)]
+    Bench(crate::bench::Bench),
     /// Show the main job: a workload whose server is killed again and again
     Demo(crate::demo::Args),
     Scenario(crate::scenario::Args),
@@ -36,7 +35,7 @@ pub fn main() -> ExitCode {
         Command::Keep(args) => crate::keep::run(args),
         Command::Serve(which) => crate::serve::run(&which),
         Command::Status(args) => crate::status::run(args),
-        Command::Bench => not_yet("bench"),
+        Command::Bench(which) => crate::bench::run(&which),
         Command::Demo(args) => crate::demo::run(args),
         Command::Scenario(args) => crate::scenario::run(&args),
     };
@@ -44,8 +43,4 @@ pub fn main() -> ExitCode {
         eprintln!("fuse-restart: {e:#}");
         ExitCode::FAILURE
     })
-}
-
-fn not_yet(what: &str) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("`{what}` is not there yet")
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `fuse-restart`: keep a FUSE mount alive while its server dies and comes back.
 
+mod bench;
 mod cli;
 mod demo;
 mod fusectl;

@@ -341,18 +341,20 @@ impl<'a> Kit<'a> {
     }
 
     /// Serves honestly until `done` holds, which is looked at after every message and every finished application.
+    /// Patience is lost when nothing happens any more, not when much is to be done.
     pub fn serve_until(
         &mut self,
         what: &str,
         mut done: impl FnMut(&mut Self) -> Result<bool>,
     ) -> Result<()> {
-        let deadline = Instant::now() + self.patience;
+        let mut deadline = Instant::now() + self.patience;
         loop {
             self.bell.silence();
             if done(self)? {
                 return Ok(());
             }
             if self.wait_event(what, deadline)? {
+                deadline = Instant::now() + self.patience;
                 self.try_serve_one()
                     .with_context(|| format!("while waiting for {what}"))?;
             }

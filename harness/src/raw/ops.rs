@@ -100,10 +100,15 @@ pub fn close(fd: RawFd) -> Done<()> {
 
 pub fn pread(fd: RawFd, len: usize, offset: i64) -> Done<Vec<u8>> {
     let mut buffer = vec![0; len];
-    // SAFETY: the buffer has `len` bytes.
-    let n = Errno::result(unsafe { libc::pread(fd, buffer.as_mut_ptr().cast(), len, offset) })?;
-    buffer.truncate(n as usize);
+    let n = pread_into(fd, &mut buffer, offset)?;
+    buffer.truncate(n);
     Ok(buffer)
+}
+
+pub fn pread_into(fd: RawFd, buffer: &mut [u8], offset: i64) -> Done<usize> {
+    // SAFETY: the pointer and the length are those of the slice.
+    let n = unsafe { libc::pread(fd, buffer.as_mut_ptr().cast(), buffer.len(), offset) };
+    Errno::result(n).map(|n| n as usize)
 }
 
 pub fn pwrite(fd: RawFd, bytes: &[u8], offset: i64) -> Done<usize> {

@@ -216,6 +216,8 @@ fn queue_forget(kit: &mut Kit<'_>, name: &str) -> Result<u64> {
 fn forgets(env: &Env<'_>) -> Result<()> {
     let mut kit = populated(env, 5)?;
     let gone = [queue_forget(&mut kit, "f1")?, queue_forget(&mut kit, "f3")?];
+    // The first was read on the way to the second; that one waits in the queue now.
+    kit.forgotten.clear();
     let recovered = kit.recover()?;
     for node in gone {
         ensure!(
