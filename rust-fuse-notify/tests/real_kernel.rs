@@ -15,7 +15,10 @@ use std::sync::mpsc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fuser::{Errno, FileHandle as Fh, INodeNo, InitFlags, KernelConfig, OpenFlags, Request, Session, SessionACL};
+use fuser::{
+    Errno, FileHandle as Fh, INodeNo, InitFlags, KernelConfig, OpenFlags, Request, Session,
+    SessionACL,
+};
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use rust_fuse_notify::std::adopt::{Adopt, Recover, ServerError};
 use rust_fuse_notify::std::listen;
@@ -38,7 +41,11 @@ fn node(letter: u8) -> NewNode {
         domain: 0,
         generation: 0,
         ino: u64::from(letter),
-        mode: if letter == 1 { libc::S_IFDIR | 0o755 } else { libc::S_IFREG | 0o644 },
+        mode: if letter == 1 {
+            libc::S_IFDIR | 0o755
+        } else {
+            libc::S_IFREG | 0o644
+        },
         flags: NodeFlags::NONE,
         aux: [0; 4],
     }
@@ -81,7 +88,9 @@ impl fuser::Filesystem for Letters {
     }
 
     fn lookup(&self, req: &Request, _parent: INodeNo, name: &OsStr, reply: fuser::ReplyEntry) {
-        let [letter] = *name.as_encoded_bytes() else { return reply.error(Errno::ENOENT) };
+        let [letter] = *name.as_encoded_bytes() else {
+            return reply.error(Errno::ENOENT);
+        };
         if letter == b'z' && !is_resent(req.unique().0) {
             // Never answered by the instance that got it first.
             println!("STALLED");
@@ -90,7 +99,10 @@ impl fuser::Filesystem for Letters {
         match self.0.nodes().lookup(&node(letter)) {
             Ok(node) => {
                 // fuser takes the nodeid from the attributes.
-                let attr = fuser::FileAttr { ino: INodeNo(node.nodeid), ..attr(&node.info) };
+                let attr = fuser::FileAttr {
+                    ino: INodeNo(node.nodeid),
+                    ..attr(&node.info)
+                };
                 reply.entry(&Duration::ZERO, &attr, fuser::Generation(0));
             }
             Err(_) => reply.error(Errno::ENOMEM),
@@ -99,7 +111,13 @@ impl fuser::Filesystem for Letters {
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<Fh>, reply: fuser::ReplyAttr) {
         match self.0.nodes().get(ino.0) {
-            Some(node) => reply.attr(&Duration::ZERO, &fuser::FileAttr { ino, ..attr(&node.info) }),
+            Some(node) => reply.attr(
+                &Duration::ZERO,
+                &fuser::FileAttr {
+                    ino,
+                    ..attr(&node.info)
+                },
+            ),
             None => reply.error(Errno::ESTALE),
         }
     }
@@ -142,7 +160,13 @@ impl Recover for Recovery {
         let node = state.nodes().get(replay.nodeid).ok_or(libc::ESTALE)?;
         state.nodes().confirm(replay.nodeid, replay.nlookup);
         let ino = if replay.nodeid == 1 { 1 } else { replay.nodeid };
-        Ok(Attr { ino, mode: node.info.mode, nlink: 1, size: CONTENT.len() as u64, ..Attr::default() })
+        Ok(Attr {
+            ino,
+            mode: node.info.mode,
+            nlink: 1,
+            size: CONTENT.len() as u64,
+            ..Attr::default()
+        })
     }
     fn finish(&mut self, state: &State, report: Option<&Report>) -> Result<(), ServerError> {
         if let Some(report) = report {
@@ -158,7 +182,11 @@ impl Recover for Recovery {
 fn instance() {
     std::env::set_var("LISTEN_PID", std::process::id().to_string());
     let inherited = listen::adopt_from_environment().expect("descriptors");
-    let config = Config { nodes: 1000, handles: 100, journal: 16 };
+    let config = Config {
+        nodes: 1000,
+        handles: 100,
+        journal: 16,
+    };
     let state = Arc::new(State::open(inherited.state, IDENTITY, &config).expect("state"));
     state.nodes().set_root(&node(1));
     let mut config = fuser::Config::default();
@@ -166,7 +194,9 @@ fn instance() {
     config.n_threads = Some(3);
     let letters = Letters(state.clone());
     let adopted = Adopt::new(inherited.device, state)
-        .run(&mut Recovery, |fd| Session::from_fd(letters, fd, SessionACL::All, config))
+        .run(&mut Recovery, |fd| {
+            Session::from_fd(letters, fd, SessionACL::All, config)
+        })
         .expect("adoption");
     println!("HOW {:?}", adopted.how);
     adopted.session.run().expect("session");
@@ -199,13 +229,26 @@ fn fresh_mount(name: &str) -> Result<Mounted, String> {
     if !nix::unistd::geteuid().is_root() {
         return Err("not root".into());
     }
-    let device = File::options().read(true).write(true).open("/dev/fuse").map_err(|e| format!("/dev/fuse: {e}"))?;
+    let device = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+        .map_err(|e| format!("/dev/fuse: {e}"))?;
     let device = above_the_passed_ones(device.into());
     let dir = std::env::temp_dir().join(format!("{name}-{}", std::process::id()));
     std::fs::create_dir(&dir).map_err(|e| format!("{}: {e}", dir.display()))?;
-    let data = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+    let data = format!(
+        "fd={},rootmode=40000,user_id=0,group_id=0,allow_other",
+        device.as_raw_fd()
+    );
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    if let Err(error) = mount(Some("letters"), &dir, Some("fuse"), flags, Some(data.as_str())) {
+    if let Err(error) = mount(
+        Some("letters"),
+        &dir,
+        Some("fuse"),
+        flags,
+        Some(data.as_str()),
+    ) {
         let _ = std::fs::remove_dir(&dir);
         return Err(format!("mounting: {error}"));
     }
@@ -225,7 +268,10 @@ impl Instance {
                 return line[at..].to_owned();
             }
         }
-        panic!("the instance ended without saying {word}: {:?}", self.0.wait());
+        panic!(
+            "the instance ended without saying {word}: {:?}",
+            self.0.wait()
+        );
     }
 
     fn kill(&mut self) {
@@ -243,10 +289,19 @@ impl Drop for Instance {
 
 impl Mounted {
     fn start(&self, env: &[(&str, &str)]) -> Instance {
-        let (device, state) = (self.device.as_fd().as_raw_fd(), self.state.as_fd().as_raw_fd());
+        let (device, state) = (
+            self.device.as_fd().as_raw_fd(),
+            self.state.as_fd().as_raw_fd(),
+        );
         let mut command = Command::new(std::env::current_exe().expect("this test"));
         command
-            .args(["--ignored", "--exact", "--nocapture", "--test-threads=1", "instance"])
+            .args([
+                "--ignored",
+                "--exact",
+                "--nocapture",
+                "--test-threads=1",
+                "instance",
+            ])
             .env("LISTEN_FDS", "2")
             .env("LISTEN_FDNAMES", "fusedev:fusestate")
             .envs(env.iter().copied())
@@ -266,7 +321,10 @@ impl Mounted {
     }
 
     /// An application, in a thread: a hang is a failure, not a hang of the test.
-    fn app<T: Send + 'static>(&self, work: impl FnOnce(PathBuf) -> T + Send + 'static) -> mpsc::Receiver<T> {
+    fn app<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(PathBuf) -> T + Send + 'static,
+    ) -> mpsc::Receiver<T> {
         let (sender, receiver) = mpsc::channel();
         let dir = self.dir.clone();
         std::thread::spawn(move || sender.send(work(dir)));
@@ -275,7 +333,10 @@ impl Mounted {
 
     fn read(&self, name: &'static str) -> Vec<u8> {
         let result = self.app(move |dir| std::fs::read(dir.join(name)));
-        result.recv_timeout(LONG).expect("the read hangs").expect("read")
+        result
+            .recv_timeout(LONG)
+            .expect("the read hangs")
+            .expect("read")
     }
 }
 
@@ -306,15 +367,28 @@ fn a_killed_server_comes_back() {
     first.kill();
     let mut second = mounted.start(&[]);
     let how = second.wait_for("HOW ");
-    assert!(how.starts_with(if granted { "HOW Recovered" } else { "HOW Resent" }), "{how}");
-    let metadata = stalled.recv_timeout(LONG).expect("the request was never answered").expect("stat");
+    assert!(
+        how.starts_with(if granted {
+            "HOW Recovered"
+        } else {
+            "HOW Resent"
+        }),
+        "{how}"
+    );
+    let metadata = stalled
+        .recv_timeout(LONG)
+        .expect("the request was never answered")
+        .expect("stat");
     assert_eq!(metadata.len(), CONTENT.len() as u64);
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         let mut content = Vec::new();
         sender.send(open.read_to_end(&mut content).map(|_| content))
     });
-    let content = receiver.recv_timeout(LONG).expect("the old descriptor hangs").expect("read");
+    let content = receiver
+        .recv_timeout(LONG)
+        .expect("the old descriptor hangs")
+        .expect("read");
     assert_eq!(content, CONTENT);
     umount2(&mounted.dir, MntFlags::MNT_DETACH).expect("unmount");
     second.wait_for("ENDED");

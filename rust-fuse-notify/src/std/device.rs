@@ -50,7 +50,8 @@ pub(crate) fn is_readable(device: BorrowedFd<'_>) -> Result<bool, Errno> {
 /// Whether the connection was aborted or unmounted.
 pub(crate) fn is_gone(device: BorrowedFd<'_>) -> Result<bool, Errno> {
     // A refused root has POLLIN beside POLLERR; it is not gone.
-    wait(device, PollTimeout::ZERO).map(|events| events.contains(PollFlags::POLLERR) && !events.contains(PollFlags::POLLIN))
+    wait(device, PollTimeout::ZERO)
+        .map(|events| events.contains(PollFlags::POLLERR) && !events.contains(PollFlags::POLLIN))
 }
 
 fn wait(device: BorrowedFd<'_>, timeout: PollTimeout) -> Result<PollFlags, Errno> {
@@ -91,7 +92,11 @@ pub(crate) mod fake {
     }
 
     pub(super) fn write(message: &[u8]) -> Option<Result<(), Errno>> {
-        KERNEL.with(|slot| slot.borrow_mut().as_mut().map(|kernel| kernel.write(message)))
+        KERNEL.with(|slot| {
+            slot.borrow_mut()
+                .as_mut()
+                .map(|kernel| kernel.write(message))
+        })
     }
 
     pub(super) fn read(buffer: &mut [u8]) -> Option<Result<usize, Errno>> {

@@ -111,16 +111,22 @@ pub fn adopt_from_environment() -> Result<Inherited, ListenError> {
     for (fd, name) in (FIRST..).zip(&passed.names) {
         // SAFETY: only asked whether it is open.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
-        fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|errno| ListenError::Closed {
-            fd,
-            name: name.clone(),
-            errno,
+        fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(|errno| {
+            ListenError::Closed {
+                fd,
+                name: name.clone(),
+                errno,
+            }
         })?;
     }
     // SAFETY: they are open, as was just seen, and by the protocol of LISTEN_FDS they are this process's to own;
     // the variables that say so are gone, so nobody can take them twice.
-    let mut owned: Vec<_> = (FIRST..).take(passed.names.len()).map(|fd| Some(unsafe { OwnedFd::from_raw_fd(fd) })).collect();
-    let (Some(device), Some(state)) = (owned[passed.device].take(), owned[passed.state].take()) else {
+    let mut owned: Vec<_> = (FIRST..)
+        .take(passed.names.len())
+        .map(|fd| Some(unsafe { OwnedFd::from_raw_fd(fd) }))
+        .collect();
+    let (Some(device), Some(state)) = (owned[passed.device].take(), owned[passed.state].take())
+    else {
         // `plan` has seen that the two are different ones.
         unreachable!("one descriptor with two names");
     };
@@ -147,8 +153,15 @@ struct Passed {
 
 fn plan(own: u32, pid: &str, count: &str, names: &str) -> Result<Passed, ListenError> {
     let number = |name, value: &str, max: u32| {
-        let bad = || ListenError::NotANumber { name, value: value.to_owned() };
-        value.parse().ok().filter(|number| (1..=max).contains(number)).ok_or_else(bad)
+        let bad = || ListenError::NotANumber {
+            name,
+            value: value.to_owned(),
+        };
+        value
+            .parse()
+            .ok()
+            .filter(|number| (1..=max).contains(number))
+            .ok_or_else(bad)
     };
     let listed = number("LISTEN_PID", pid, u32::MAX)?;
     if listed != own {
@@ -157,18 +170,36 @@ fn plan(own: u32, pid: &str, count: &str, names: &str) -> Result<Passed, ListenE
     let count = number("LISTEN_FDS", count, MOST as u32)? as usize;
     let list: Vec<String> = names.split(':').map(str::to_owned).collect();
     if list.len() != count {
-        return Err(ListenError::Names { names: names.to_owned(), named: list.len(), count });
+        return Err(ListenError::Names {
+            names: names.to_owned(),
+            named: list.len(),
+            count,
+        });
     }
     let find = |name: &'static str| {
-        let mut at = list.iter().enumerate().filter(|(_, other)| *other == name).map(|(at, _)| at);
+        let mut at = list
+            .iter()
+            .enumerate()
+            .filter(|(_, other)| *other == name)
+            .map(|(at, _)| at);
         match (at.next(), at.next()) {
             (Some(at), None) => Ok(at),
-            (None, _) => Err(ListenError::Missing { name, names: names.to_owned() }),
-            _ => Err(ListenError::Twice { name, names: names.to_owned() }),
+            (None, _) => Err(ListenError::Missing {
+                name,
+                names: names.to_owned(),
+            }),
+            _ => Err(ListenError::Twice {
+                name,
+                names: names.to_owned(),
+            }),
         }
     };
     let (device, state) = (find(NAME_DEVICE)?, find(NAME_STATE)?);
-    Ok(Passed { names: list, device, state })
+    Ok(Passed {
+        names: list,
+        device,
+        state,
+    })
 }
 
 #[cfg(test)]
@@ -185,14 +216,51 @@ mod tests {
     #[test]
     fn variables_that_do_not() {
         use ListenError::*;
-        assert!(matches!(plan(7, "8", "2", "fusedev:fusestate"), Err(OtherProcess { listed: 8, own: 7 })));
-        assert!(matches!(plan(7, "x", "2", ""), Err(NotANumber { name: "LISTEN_PID", .. })));
+        assert!(matches!(
+            plan(7, "8", "2", "fusedev:fusestate"),
+            Err(OtherProcess { listed: 8, own: 7 })
+        ));
+        assert!(matches!(
+            plan(7, "x", "2", ""),
+            Err(NotANumber {
+                name: "LISTEN_PID",
+                ..
+            })
+        ));
         for count in ["", "-1", "0", "1025", "99999999999"] {
-            assert!(matches!(plan(7, "7", count, "a"), Err(NotANumber { name: "LISTEN_FDS", .. })), "{count}");
+            assert!(
+                matches!(
+                    plan(7, "7", count, "a"),
+                    Err(NotANumber {
+                        name: "LISTEN_FDS",
+                        ..
+                    })
+                ),
+                "{count}"
+            );
         }
-        assert!(matches!(plan(7, "7", "2", "fusedev"), Err(Names { named: 1, count: 2, .. })));
-        assert!(matches!(plan(7, "7", "1", "fusedev"), Err(Missing { name: NAME_STATE, .. })));
-        assert!(matches!(plan(7, "7", "3", "fusedev:fusestate:fusedev"), Err(Twice { name: NAME_DEVICE, .. })));
+        assert!(matches!(
+            plan(7, "7", "2", "fusedev"),
+            Err(Names {
+                named: 1,
+                count: 2,
+                ..
+            })
+        ));
+        assert!(matches!(
+            plan(7, "7", "1", "fusedev"),
+            Err(Missing {
+                name: NAME_STATE,
+                ..
+            })
+        ));
+        assert!(matches!(
+            plan(7, "7", "3", "fusedev:fusestate:fusedev"),
+            Err(Twice {
+                name: NAME_DEVICE,
+                ..
+            })
+        ));
     }
 
     /// Runs in a child of the test below, where nothing else has descriptors 3 and up.
@@ -207,7 +275,8 @@ mod tests {
                 for fd in [&inherited.device, &inherited.state] {
                     assert_eq!(fcntl(fd, FcntlArg::F_GETFD), Ok(libc::FD_CLOEXEC));
                 }
-                let flags = OFlag::from_bits_retain(fcntl(&inherited.device, FcntlArg::F_GETFL).unwrap());
+                let flags =
+                    OFlag::from_bits_retain(fcntl(&inherited.device, FcntlArg::F_GETFL).unwrap());
                 assert!(!flags.contains(OFlag::O_NONBLOCK));
                 println!("ADOPTED");
             }
@@ -216,7 +285,9 @@ mod tests {
     }
 
     fn run_child(redirect: &str) -> String {
-        let script = format!("exec \"$0\" --ignored --exact --nocapture std::listen::tests::child {redirect}");
+        let script = format!(
+            "exec \"$0\" --ignored --exact --nocapture std::listen::tests::child {redirect}"
+        );
         let output = Command::new("/bin/sh")
             .args(["-c", &script])
             .arg(env::current_exe().unwrap())
@@ -224,7 +295,11 @@ mod tests {
             .env("LISTEN_FDNAMES", "fusedev:fusestate")
             .output()
             .unwrap();
-        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+        format!(
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        )
     }
 
     #[test]
@@ -236,6 +311,9 @@ mod tests {
     #[test]
     fn a_child_without_descriptors_refuses() {
         let output = run_child("3</dev/null 4<&-");
-        assert!(output.contains("REFUSED descriptor 4, which should be \"fusestate\""), "{output}");
+        assert!(
+            output.contains("REFUSED descriptor 4, which should be \"fusestate\""),
+            "{output}"
+        );
     }
 }

@@ -6,8 +6,8 @@
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::wire::{
-    Attr, AttrOut, GetattrIn, InHeader, OutHeader, RestartedIn, COOKIE_BIT, FUSE_GETATTR, FUSE_GETATTR_REPLAY,
-    FUSE_NOTIFY_REPLY,
+    Attr, AttrOut, GetattrIn, InHeader, OutHeader, RestartedIn, COOKIE_BIT, FUSE_GETATTR,
+    FUSE_GETATTR_REPLAY, FUSE_NOTIFY_REPLY,
 };
 
 /// The kernel shows an inode that it caches.
@@ -97,9 +97,13 @@ pub enum MessageError {
 /// # Errors
 /// [`MessageError`] if the bytes are no message.
 pub fn parse(bytes: &[u8]) -> Result<Message<'_>, MessageError> {
-    let (header, body) = InHeader::read_from_prefix(bytes).map_err(|_| MessageError::Short(bytes.len()))?;
+    let (header, body) =
+        InHeader::read_from_prefix(bytes).map_err(|_| MessageError::Short(bytes.len()))?;
     if header.len as usize != bytes.len() {
-        return Err(MessageError::Length { got: bytes.len(), said: header.len });
+        return Err(MessageError::Length {
+            got: bytes.len(),
+            said: header.len,
+        });
     }
     match header.opcode {
         FUSE_GETATTR => {
@@ -147,8 +151,15 @@ fn exactly<T: FromBytes>(header: &InHeader, body: &[u8]) -> Result<T, MessageErr
 /// compares the type and the inode number.
 pub fn attr_reply(unique: u64, attr: &Attr) -> [u8; 120] {
     let mut message = [0; 120];
-    let body = AttrOut { attr: *attr, ..AttrOut::default() };
-    let header = OutHeader { len: message.len() as u32, error: 0, unique };
+    let body = AttrOut {
+        attr: *attr,
+        ..AttrOut::default()
+    };
+    let header = OutHeader {
+        len: message.len() as u32,
+        error: 0,
+        unique,
+    };
     message[..16].copy_from_slice(header.as_bytes());
     message[16..].copy_from_slice(body.as_bytes());
     message
@@ -159,8 +170,16 @@ pub fn attr_reply(unique: u64, attr: &Attr) -> [u8; 120] {
 /// `errno` is positive, as `libc` has it. What the kernel would not accept as an error (0, or 512 and above)
 /// becomes `EIO`.
 pub fn error_reply(unique: u64, errno: i32) -> [u8; 16] {
-    let errno = if (1..512).contains(&errno) { errno } else { libc::EIO };
-    let header = OutHeader { len: 16, error: -errno, unique };
+    let errno = if (1..512).contains(&errno) {
+        errno
+    } else {
+        libc::EIO
+    };
+    let header = OutHeader {
+        len: 16,
+        error: -errno,
+        unique,
+    };
     let mut message = [0; 16];
     message.copy_from_slice(header.as_bytes());
     message
@@ -196,29 +215,67 @@ mod tests {
     use proptest::prelude::*;
 
     fn message(opcode: u32, unique: u64, body: &[u8]) -> Vec<u8> {
-        let header = InHeader { len: 40 + body.len() as u32, opcode, unique, nodeid: 7, ..InHeader::default() };
+        let header = InHeader {
+            len: 40 + body.len() as u32,
+            opcode,
+            unique,
+            nodeid: 7,
+            ..InHeader::default()
+        };
         [header.as_bytes(), body].concat()
     }
 
     #[test]
     fn a_getattr_without_the_flag_is_no_replay() {
-        let body = GetattrIn { getattr_flags: 1, dummy: 2, fh: 3 };
-        assert!(matches!(parse(&message(FUSE_GETATTR, 5, body.as_bytes())), Ok(Message::Other { .. })));
+        let body = GetattrIn {
+            getattr_flags: 1,
+            dummy: 2,
+            fh: 3,
+        };
+        assert!(matches!(
+            parse(&message(FUSE_GETATTR, 5, body.as_bytes())),
+            Ok(Message::Other { .. })
+        ));
     }
 
     #[test]
     fn an_answer_to_retrieve_is_no_report() {
         let body = [0; 96];
-        assert!(matches!(parse(&message(FUSE_NOTIFY_REPLY, 5, &body)), Ok(Message::Other { .. })));
-        assert!(matches!(parse(&message(FUSE_NOTIFY_REPLY, COOKIE_BIT | 5, &body)), Ok(Message::Report(_))));
+        assert!(matches!(
+            parse(&message(FUSE_NOTIFY_REPLY, 5, &body)),
+            Ok(Message::Other { .. })
+        ));
+        assert!(matches!(
+            parse(&message(FUSE_NOTIFY_REPLY, COOKIE_BIT | 5, &body)),
+            Ok(Message::Report(_))
+        ));
         let error = parse(&message(FUSE_NOTIFY_REPLY, COOKIE_BIT | 5, &body[1..])).unwrap_err();
-        assert_eq!(error, MessageError::Body { opcode: 41, got: 95, want: 96 });
+        assert_eq!(
+            error,
+            MessageError::Body {
+                opcode: 41,
+                got: 95,
+                want: 96
+            }
+        );
     }
 
     #[test]
     fn errors_that_the_kernel_would_refuse_become_eio() {
-        for (errno, becomes) in [(0, 5), (-2, 5), (512, 5), (i32::MIN, 5), (1, 1), (116, 116), (511, 511)] {
-            assert_eq!(error_reply(9, errno)[4..8], i32::to_ne_bytes(-becomes), "{errno}");
+        for (errno, becomes) in [
+            (0, 5),
+            (-2, 5),
+            (512, 5),
+            (i32::MIN, 5),
+            (1, 1),
+            (116, 116),
+            (511, 511),
+        ] {
+            assert_eq!(
+                error_reply(9, errno)[4..8],
+                i32::to_ne_bytes(-becomes),
+                "{errno}"
+            );
         }
     }
 
@@ -226,7 +283,10 @@ mod tests {
     fn a_stat_becomes_an_attr() {
         let stat = nix::sys::stat::stat("/dev/null").unwrap();
         let attr = Attr::from(&stat);
-        assert_eq!((attr.ino, attr.mode, attr.nlink), (stat.st_ino, stat.st_mode, stat.st_nlink as u32));
+        assert_eq!(
+            (attr.ino, attr.mode, attr.nlink),
+            (stat.st_ino, stat.st_mode, stat.st_nlink as u32)
+        );
         // Major 1, minor 3.
         assert_eq!(attr.rdev, 0x103);
     }
@@ -235,18 +295,20 @@ mod tests {
     fn nearly() -> impl Strategy<Value = Vec<u8>> {
         let opcode = prop_oneof![Just(FUSE_GETATTR), Just(FUSE_NOTIFY_REPLY), any::<u32>()];
         let len = prop_oneof![Just(16_usize), Just(96), 0..200_usize];
-        (opcode, any::<u64>(), len, any::<u8>(), 0..3_u8, any::<u8>()).prop_map(|(opcode, unique, len, fill, cut, at)| {
-            let mut bytes = message(opcode, unique, &vec![fill; len]);
-            match cut {
-                0 => {}
-                1 => bytes.truncate(usize::from(at)),
-                _ => {
-                    let at = usize::from(at) % bytes.len();
-                    bytes[at] ^= 0x40;
+        (opcode, any::<u64>(), len, any::<u8>(), 0..3_u8, any::<u8>()).prop_map(
+            |(opcode, unique, len, fill, cut, at)| {
+                let mut bytes = message(opcode, unique, &vec![fill; len]);
+                match cut {
+                    0 => {}
+                    1 => bytes.truncate(usize::from(at)),
+                    _ => {
+                        let at = usize::from(at) % bytes.len();
+                        bytes[at] ^= 0x40;
+                    }
                 }
-            }
-            bytes
-        })
+                bytes
+            },
+        )
     }
 
     proptest! {

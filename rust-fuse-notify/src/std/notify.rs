@@ -9,8 +9,8 @@ use zerocopy::IntoBytes;
 
 use super::device;
 use super::wire::{
-    Identity, OutHeader, RestartedOut, COOKIE_BIT, FUSE_NOTIFY_POLL, FUSE_NOTIFY_RESEND, FUSE_NOTIFY_RESTARTED,
-    FUSE_RESTARTED_COMMIT,
+    Identity, OutHeader, RestartedOut, COOKIE_BIT, FUSE_NOTIFY_POLL, FUSE_NOTIFY_RESEND,
+    FUSE_NOTIFY_RESTARTED, FUSE_RESTARTED_COMMIT,
 };
 
 /// What the kernel made of a notification that it did not accept. None of these changed anything.
@@ -82,12 +82,16 @@ pub struct Notifier<'fd> {
 impl<'fd> Notifier<'fd> {
     /// Uses a descriptor of `/dev/fuse` that somebody else owns.
     pub fn new(fd: BorrowedFd<'fd>) -> Self {
-        Notifier { device: Device::Borrowed(fd) }
+        Notifier {
+            device: Device::Borrowed(fd),
+        }
     }
 
     /// A notifier that lives as long as it likes; takes a descriptor, for instance a duplicate.
     pub fn owned(fd: OwnedFd) -> Notifier<'static> {
-        Notifier { device: Device::Owned(fd) }
+        Notifier {
+            device: Device::Owned(fd),
+        }
     }
 
     /// First step of a recovery: from now on the kernel holds all requests and shows every cached inode.
@@ -99,12 +103,18 @@ impl<'fd> Notifier<'fd> {
     /// [`NotifyError::NotUnderstood`], [`NotifyError::NotGranted`], [`NotifyError::WrongIdentity`],
     /// [`NotifyError::Gone`], [`NotifyError::BadCookie`]; the connection is as it was.
     pub fn restarted(&self, cookie: u64, identity: Identity) -> Result<(), NotifyError> {
-        let body = RestartedOut { cookie, flags: 0, epoch: 0, identity: identity.0 };
+        let body = RestartedOut {
+            cookie,
+            flags: 0,
+            epoch: 0,
+            identity: identity.0,
+        };
         check_cookie(cookie)?;
-        self.send(FUSE_NOTIFY_RESTARTED, body.as_bytes()).map_err(|errno| match errno {
-            Errno::ESTALE => NotifyError::WrongIdentity(identity),
-            other => explain(other),
-        })
+        self.send(FUSE_NOTIFY_RESTARTED, body.as_bytes())
+            .map_err(|errno| match errno {
+                Errno::ESTALE => NotifyError::WrongIdentity(identity),
+                other => explain(other),
+            })
     }
 
     /// Second step: the requests that were held go to the server that reads the descriptor.
@@ -115,12 +125,18 @@ impl<'fd> Notifier<'fd> {
     /// [`NotifyError::WrongEpoch`] when another recovery has begun meanwhile; else as for
     /// [`Notifier::restarted`].
     pub fn commit(&self, cookie: u64, epoch: u32, identity: Identity) -> Result<(), NotifyError> {
-        let body = RestartedOut { cookie, flags: FUSE_RESTARTED_COMMIT, epoch, identity: identity.0 };
+        let body = RestartedOut {
+            cookie,
+            flags: FUSE_RESTARTED_COMMIT,
+            epoch,
+            identity: identity.0,
+        };
         check_cookie(cookie)?;
-        self.send(FUSE_NOTIFY_RESTARTED, body.as_bytes()).map_err(|errno| match errno {
-            Errno::ESTALE => NotifyError::WrongEpoch { epoch },
-            other => explain(other),
-        })
+        self.send(FUSE_NOTIFY_RESTARTED, body.as_bytes())
+            .map_err(|errno| match errno {
+                Errno::ESTALE => NotifyError::WrongEpoch { epoch },
+                other => explain(other),
+            })
     }
 
     /// Asks what the connection can do. Safe at any time, in any phase: it is a COMMIT that can never match.
@@ -173,7 +189,11 @@ impl<'fd> Notifier<'fd> {
     }
 
     fn send(&self, code: i32, body: &[u8]) -> Result<(), Errno> {
-        let header = OutHeader { len: (size_of::<OutHeader>() + body.len()) as u32, error: code, unique: 0 };
+        let header = OutHeader {
+            len: (size_of::<OutHeader>() + body.len()) as u32,
+            error: code,
+            unique: 0,
+        };
         let mut message = Vec::with_capacity(header.len as usize);
         message.extend_from_slice(header.as_bytes());
         message.extend_from_slice(body);
@@ -241,15 +261,26 @@ mod tests {
     fn every_errno_has_its_meaning() {
         use NotifyError::*;
         let identity = Identity([1, 2]);
-        let restarted = |errno| with(Err(errno), |n| n.restarted(COOKIE_BIT, identity)).0.unwrap_err();
+        let restarted = |errno| {
+            with(Err(errno), |n| n.restarted(COOKIE_BIT, identity))
+                .0
+                .unwrap_err()
+        };
         assert!(matches!(restarted(Errno::EINVAL), NotUnderstood));
         assert!(matches!(restarted(Errno::EOPNOTSUPP), NotGranted));
         assert!(matches!(restarted(Errno::ESTALE), WrongIdentity(found) if found == identity));
         assert!(matches!(restarted(Errno::ENODEV), Gone));
         assert!(matches!(restarted(Errno::EPERM), Io(_)));
-        let commit = |errno| with(Err(errno), |n| n.commit(COOKIE_BIT, 5, identity)).0.unwrap_err();
+        let commit = |errno| {
+            with(Err(errno), |n| n.commit(COOKIE_BIT, 5, identity))
+                .0
+                .unwrap_err()
+        };
         assert!(matches!(commit(Errno::ESTALE), WrongEpoch { epoch: 5 }));
-        assert!(matches!(with(Err(Errno::EBUSY), |n| n.resend()).0, Err(Recovering)));
+        assert!(matches!(
+            with(Err(Errno::EBUSY), |n| n.resend()).0,
+            Err(Recovering)
+        ));
     }
 
     #[test]
@@ -264,11 +295,22 @@ mod tests {
 
     #[test]
     fn messages_are_what_the_header_file_says() {
-        let (_, bytes) = with(Ok(()), |n| n.commit(COOKIE_BIT | 9, 0x0102_0304, Identity([5, 6])).unwrap());
-        let words: Vec<u32> = bytes.chunks(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect();
+        let (_, bytes) = with(Ok(()), |n| {
+            n.commit(COOKIE_BIT | 9, 0x0102_0304, Identity([5, 6]))
+                .unwrap()
+        });
+        let words: Vec<u32> = bytes
+            .chunks(4)
+            .map(|word| u32::from_ne_bytes(word.try_into().unwrap()))
+            .collect();
         // A little-endian machine has the low half of a u64 first; so do all that run these tests.
-        assert_eq!(words, [48, 12, 0, 0, 9, 1 << 30, 1, 0x0102_0304, 5, 0, 6, 0]);
-        let (_, bytes) = with(Ok(()), |n| n.restarted(COOKIE_BIT | 9, Identity::UNSAID).unwrap());
+        assert_eq!(
+            words,
+            [48, 12, 0, 0, 9, 1 << 30, 1, 0x0102_0304, 5, 0, 6, 0]
+        );
+        let (_, bytes) = with(Ok(()), |n| {
+            n.restarted(COOKIE_BIT | 9, Identity::UNSAID).unwrap()
+        });
         assert_eq!(bytes[24..], [0; 24]);
         assert_eq!(with(Ok(()), |n| n.resend().unwrap()).1.len(), 16);
     }

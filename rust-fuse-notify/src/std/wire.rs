@@ -47,7 +47,9 @@ pub const FUSE_MIN_READ_BUFFER: usize = 8192;
 pub const INIT_OUT_IDENTITY: usize = proto::wire::INIT_IDENTITY_OFFSET;
 
 /// `struct fuse_in_header`: the start of every message from the kernel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
 #[repr(C)]
 pub struct InHeader {
     /// Bytes in the whole message, this header included.
@@ -71,7 +73,9 @@ pub struct InHeader {
 }
 
 /// `struct fuse_out_header`: the start of every message to the kernel.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
 #[repr(C)]
 pub struct OutHeader {
     /// Bytes in the whole message, this header included.
@@ -83,7 +87,9 @@ pub struct OutHeader {
 }
 
 /// `struct fuse_getattr_in`, as a replay fills it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
 #[repr(C)]
 pub struct GetattrIn {
     /// [`FUSE_GETATTR_REPLAY`] in a replay.
@@ -95,7 +101,9 @@ pub struct GetattrIn {
 }
 
 /// `struct fuse_attr`: what the kernel is told about an inode.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
 #[repr(C)]
 pub struct Attr {
     /// Inode number that applications see.
@@ -133,7 +141,9 @@ pub struct Attr {
 }
 
 /// `struct fuse_attr_out`: the answer to GETATTR.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
 #[repr(C)]
 pub struct AttrOut {
     /// Seconds for which the kernel may cache the attributes; ignored in a replay.
@@ -147,7 +157,9 @@ pub struct AttrOut {
 }
 
 /// `struct fuse_notify_restarted_out`: both steps of a restart.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
 #[repr(C)]
 pub struct RestartedOut {
     /// Comes back in the report; [`COOKIE_BIT`] is set.
@@ -161,7 +173,9 @@ pub struct RestartedOut {
 }
 
 /// `struct fuse_notify_restarted_in`: the body of the report.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
 #[repr(C)]
 pub struct RestartedIn {
     /// Number of this recovery on this connection.
@@ -191,7 +205,9 @@ pub struct RestartedIn {
 }
 
 /// `struct fuse_init_in`, the part that every kernel since 7.6 sends.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
 #[repr(C)]
 pub struct InitIn {
     /// Major version of the protocol; 7.
@@ -205,7 +221,9 @@ pub struct InitIn {
 }
 
 /// `struct fuse_init_out`, with the identity that this series puts into its unused tail.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,
+)]
 #[repr(C)]
 pub struct InitOut {
     /// Major version of the protocol; 7.
@@ -323,21 +341,54 @@ mod tests {
     /// The core has the same structs without zerocopy's derives, since the kernel compiles it.
     #[test]
     fn structs_are_laid_out_as_in_the_core() {
-        assert_eq!(size_of::<RestartedOut>(), size_of::<proto::wire::RestartedOut>());
-        assert_eq!(size_of::<RestartedIn>(), size_of::<proto::wire::RestartedIn>());
-        assert_eq!(offset_of!(RestartedOut, epoch), offset_of!(proto::wire::RestartedOut, epoch));
-        assert_eq!(offset_of!(RestartedOut, identity), offset_of!(proto::wire::RestartedOut, identity));
-        assert_eq!(offset_of!(RestartedIn, replayed), offset_of!(proto::wire::RestartedIn, replayed));
-        assert_eq!(offset_of!(RestartedIn, confirmed), offset_of!(proto::wire::RestartedIn, confirmed));
-        assert_eq!(offset_of!(RestartedIn, revoked), offset_of!(proto::wire::RestartedIn, revoked));
-        assert_eq!(offset_of!(RestartedIn, held), offset_of!(proto::wire::RestartedIn, held));
-        assert_eq!(offset_of!(RestartedIn, lowest_owed), offset_of!(proto::wire::RestartedIn, lowest_owed));
-        assert_eq!(offset_of!(RestartedIn, settle_ns), offset_of!(proto::wire::RestartedIn, settle_ns));
+        assert_eq!(
+            size_of::<RestartedOut>(),
+            size_of::<proto::wire::RestartedOut>()
+        );
+        assert_eq!(
+            size_of::<RestartedIn>(),
+            size_of::<proto::wire::RestartedIn>()
+        );
+        assert_eq!(
+            offset_of!(RestartedOut, epoch),
+            offset_of!(proto::wire::RestartedOut, epoch)
+        );
+        assert_eq!(
+            offset_of!(RestartedOut, identity),
+            offset_of!(proto::wire::RestartedOut, identity)
+        );
+        assert_eq!(
+            offset_of!(RestartedIn, replayed),
+            offset_of!(proto::wire::RestartedIn, replayed)
+        );
+        assert_eq!(
+            offset_of!(RestartedIn, confirmed),
+            offset_of!(proto::wire::RestartedIn, confirmed)
+        );
+        assert_eq!(
+            offset_of!(RestartedIn, revoked),
+            offset_of!(proto::wire::RestartedIn, revoked)
+        );
+        assert_eq!(
+            offset_of!(RestartedIn, held),
+            offset_of!(proto::wire::RestartedIn, held)
+        );
+        assert_eq!(
+            offset_of!(RestartedIn, lowest_owed),
+            offset_of!(proto::wire::RestartedIn, lowest_owed)
+        );
+        assert_eq!(
+            offset_of!(RestartedIn, settle_ns),
+            offset_of!(proto::wire::RestartedIn, settle_ns)
+        );
     }
 
     #[test]
     fn flags2_counts_only_with_init_ext() {
-        let mut out = InitOut { flags2: 1 << 13, ..InitOut::default() };
+        let mut out = InitOut {
+            flags2: 1 << 13,
+            ..InitOut::default()
+        };
         assert_eq!(out.all_flags() & FUSE_RESTARTABLE, 0);
         out.flags = FUSE_INIT_EXT as u32;
         assert_ne!(out.all_flags() & FUSE_RESTARTABLE, 0);
@@ -346,7 +397,10 @@ mod tests {
     #[test]
     fn identity_round_trips() {
         let id = Identity::from(0x0123_4567_89ab_cdef_0011_2233_4455_6677_u128);
-        assert_eq!(u128::from(id), 0x0123_4567_89ab_cdef_0011_2233_4455_6677_u128);
+        assert_eq!(
+            u128::from(id),
+            0x0123_4567_89ab_cdef_0011_2233_4455_6677_u128
+        );
         assert_eq!(id.to_string(), "0123456789abcdef0011223344556677");
     }
 }

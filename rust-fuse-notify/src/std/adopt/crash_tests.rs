@@ -9,12 +9,14 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 use nix::sys::signal::{kill, Signal};
 use nix::sys::socket::sockopt::ReceiveTimeout;
-use nix::sys::socket::{recv, send, setsockopt, socketpair, AddressFamily, MsgFlags, SockFlag, SockType};
+use nix::sys::socket::{
+    recv, send, setsockopt, socketpair, AddressFamily, MsgFlags, SockFlag, SockType,
+};
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::sys::wait::{waitpid, WaitStatus};
 
 use super::fake_kernel::{Inode, Phase};
-use super::tests::{open_state, session, Mount, Server, IDENTITY, SIGNS};
+use super::test_support::{open_state, session, Mount, Server, IDENTITY, SIGNS};
 use super::*;
 use crate::std::device::fake;
 use crate::std::state::crash_tests::spawn;
@@ -37,7 +39,12 @@ struct Proxy(OwnedFd);
 
 impl Proxy {
     fn ask(&mut self, kind: u8, message: &[u8]) -> Result<Vec<u8>, Errno> {
-        send(self.0.as_raw_fd(), &[&[kind], message].concat(), MsgFlags::MSG_NOSIGNAL).unwrap();
+        send(
+            self.0.as_raw_fd(),
+            &[&[kind], message].concat(),
+            MsgFlags::MSG_NOSIGNAL,
+        )
+        .unwrap();
         let mut answer = vec![0; 4096];
         let len = recv(self.0.as_raw_fd(), &mut answer, MsgFlags::empty()).unwrap();
         let errno = i32::from_ne_bytes(answer[..4].try_into().unwrap());
@@ -60,8 +67,18 @@ impl fake::Kernel for Proxy {
 
 /// One instance; `true` if it took the connection over.
 fn life(mount: &Mount, how: Kill) -> bool {
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
-    let stores = if let Kill::Store(stores) = how { stores } else { -1 };
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .unwrap();
+    let stores = if let Kill::Store(stores) = how {
+        stores
+    } else {
+        -1
+    };
     let child = spawn(stores, || {
         let adopt = Adopt::new(mount.device.try_clone().unwrap(), open_state(&mount.memfd));
         let proxy = Box::new(Proxy(theirs.try_clone().unwrap()));
@@ -99,7 +116,11 @@ fn life(mount: &Mount, how: Kill) -> bool {
             Err(errno) => (errno as i32, Vec::new()),
         };
         // Fails if it killed itself meanwhile.
-        let _ = send(ours.as_raw_fd(), &[&errno.to_ne_bytes()[..], &message].concat(), MsgFlags::MSG_NOSIGNAL);
+        let _ = send(
+            ours.as_raw_fd(),
+            &[&errno.to_ne_bytes()[..], &message].concat(),
+            MsgFlags::MSG_NOSIGNAL,
+        );
     }
     match waitpid(child, None).unwrap() {
         WaitStatus::Exited(_, 0) => true,
@@ -129,9 +150,21 @@ fn killed_in_its_first_start() {
             let ended = life(&mount, how);
             assert!(life(&mount, Kill::Never), "{how:?}: nobody could take over");
             let log = mount.log();
-            assert_eq!(log.iter().filter(|entry| *entry == "init").count(), 1, "{how:?}: {log:?}");
-            assert_eq!(mount.kernel.borrow().init.unwrap().identity, IDENTITY.0, "{how:?}");
-            assert_eq!(State::peek(mount.memfd.as_fd()).unwrap(), Stage::Serving, "{how:?}");
+            assert_eq!(
+                log.iter().filter(|entry| *entry == "init").count(),
+                1,
+                "{how:?}: {log:?}"
+            );
+            assert_eq!(
+                mount.kernel.borrow().init.unwrap().identity,
+                IDENTITY.0,
+                "{how:?}"
+            );
+            assert_eq!(
+                State::peek(mount.memfd.as_fd()).unwrap(),
+                Stage::Serving,
+                "{how:?}"
+            );
             ended
         });
     }
@@ -142,20 +175,35 @@ fn killed_in_a_recovery() {
     for place in PLACES {
         at_every(place, |how| {
             let mount = Mount::served(&[10, 20]);
-            let unknown = Inode { nodeid: 99 << 32 | 50, ..mount.kernel.borrow().inodes[1] };
+            let unknown = Inode {
+                nodeid: 99 << 32 | 50,
+                ..mount.kernel.borrow().inodes[1]
+            };
             mount.kernel.borrow_mut().inodes.push(unknown);
             // The kernel forgot this one, and the FORGET was lost with a server.
             let state = open_state(&mount.memfd);
-            let forgotten = state.nodes().lookup(&super::tests::file(30)).unwrap().nodeid;
+            let forgotten = state
+                .nodes()
+                .lookup(&super::test_support::file(30))
+                .unwrap()
+                .nodeid;
             drop(state);
             let ended = life(&mount, how);
             assert!(life(&mount, Kill::Never), "{how:?}: nobody could take over");
             let kernel = mount.kernel.borrow();
             assert_eq!(kernel.phase, Phase::Serving, "{how:?}");
-            assert_eq!((kernel.confirmed.len(), &kernel.revoked), (3, &vec![unknown.nodeid]), "{how:?}");
+            assert_eq!(
+                (kernel.confirmed.len(), &kernel.revoked),
+                (3, &vec![unknown.nodeid]),
+                "{how:?}"
+            );
             let state = open_state(&mount.memfd);
             for inode in &kernel.inodes[1..3] {
-                assert_eq!(state.nodes().get(inode.nodeid).unwrap().lookups, inode.nlookup, "{how:?}");
+                assert_eq!(
+                    state.nodes().get(inode.nodeid).unwrap().lookups,
+                    inode.nlookup,
+                    "{how:?}"
+                );
             }
             assert_eq!(state.nodes().get(forgotten), None, "{how:?}");
             ended

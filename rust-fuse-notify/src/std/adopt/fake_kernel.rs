@@ -59,7 +59,13 @@ pub(crate) const INIT_ID: u64 = 2;
 
 impl Kernel {
     pub(crate) fn new(offers: u64) -> Kernel {
-        let root = Inode { nodeid: 1, generation: 0, nlookup: 1, ino: 1, kind: libc::S_IFDIR };
+        let root = Inode {
+            nodeid: 1,
+            generation: 0,
+            nlookup: 1,
+            ino: 1,
+            kind: libc::S_IFDIR,
+        };
         Kernel {
             offers: offers | FUSE_INIT_EXT,
             resends: true,
@@ -90,7 +96,12 @@ impl Kernel {
 
     /// The message that a mount leaves in the queue.
     pub(crate) fn init_request(&self) -> Vec<u8> {
-        let body = InitIn { major: 7, minor: 48, max_readahead: 131_072, flags: self.offers as u32 };
+        let body = InitIn {
+            major: 7,
+            minor: 48,
+            max_readahead: 131_072,
+            flags: self.offers as u32,
+        };
         let mut rest = [0_u32; 12];
         rest[0] = (self.offers >> 32) as u32;
         let mut message = [body.as_bytes(), rest.as_bytes()].concat();
@@ -124,7 +135,9 @@ impl Kernel {
     }
 
     fn notification(&mut self, code: i32, body: &[u8]) -> Result<(), Errno> {
-        let Some(init) = self.init else { return Err(Errno::EINVAL) };
+        let Some(init) = self.init else {
+            return Err(Errno::EINVAL);
+        };
         match code {
             FUSE_NOTIFY_POLL => Ok(()),
             FUSE_NOTIFY_RESEND if self.phase != Phase::Serving => Err(Errno::EBUSY),
@@ -174,7 +187,8 @@ impl Kernel {
 
     fn replay_answered(&mut self, header: &OutHeader, body: &[u8]) -> Result<(), Errno> {
         let which = self.shown.wrapping_sub(1);
-        if self.phase != Phase::Replay || self.shown == 0 || header.unique != self.replay_id(which) {
+        if self.phase != Phase::Replay || self.shown == 0 || header.unique != self.replay_id(which)
+        {
             return Err(Errno::ENOENT);
         }
         let inode = self.inodes[which];
@@ -187,13 +201,18 @@ impl Kernel {
         } else {
             self.revoked.push(inode.nodeid);
         }
-        self.log.push(format!("replay {:#x} {}", inode.nodeid, header.error));
+        self.log
+            .push(format!("replay {:#x} {}", inode.nodeid, header.error));
         Ok(())
     }
 
     pub(crate) fn replay_message(&self, which: usize) -> Vec<u8> {
         let inode = self.inodes[which];
-        let body = GetattrIn { getattr_flags: FUSE_GETATTR_REPLAY, dummy: inode.generation, fh: inode.nlookup };
+        let body = GetattrIn {
+            getattr_flags: FUSE_GETATTR_REPLAY,
+            dummy: inode.generation,
+            fh: inode.nlookup,
+        };
         let header = InHeader {
             len: 56,
             opcode: FUSE_GETATTR,
@@ -214,7 +233,12 @@ impl Kernel {
             lowest_owed: self.lowest_owed,
             ..RestartedIn::default()
         };
-        let header = InHeader { len: 136, opcode: FUSE_NOTIFY_REPLY, unique: cookie, ..InHeader::default() };
+        let header = InHeader {
+            len: 136,
+            opcode: FUSE_NOTIFY_REPLY,
+            unique: cookie,
+            ..InHeader::default()
+        };
         [header.as_bytes(), body.as_bytes()].concat()
     }
 
@@ -254,7 +278,13 @@ impl fake::Kernel for Shared {
 
 /// A descriptor with INIT in its queue; the second one keeps it open.
 pub(crate) fn mount(kernel: &Kernel) -> (OwnedFd, OwnedFd) {
-    let (device, far) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    let (device, far) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .unwrap();
     send(far.as_raw_fd(), &kernel.init_request(), MsgFlags::empty()).unwrap();
     (device, far)
 }

@@ -5,12 +5,15 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{recv, send, shutdown, socketpair, AddressFamily, MsgFlags, Shutdown, SockFlag, SockType};
+use nix::sys::socket::{
+    recv, send, shutdown, socketpair, AddressFamily, MsgFlags, Shutdown, SockFlag, SockType,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::error::AdoptError;
 use crate::std::wire::{
-    Identity, InHeader, InitIn, InitOut, OutHeader, FUSE_INIT, FUSE_INIT_EXT, FUSE_RESTARTABLE, INIT_OUT_IDENTITY,
+    Identity, InHeader, InitIn, InitOut, OutHeader, FUSE_INIT, FUSE_INIT_EXT, FUSE_RESTARTABLE,
+    INIT_OUT_IDENTITY,
 };
 
 /// Shortest body of a reply to INIT, that of protocol 7.5 to 7.22.
@@ -24,7 +27,11 @@ pub(super) fn check_request(message: &[u8]) -> Result<(), AdoptError> {
         return wrong(format!("{} bytes", message.len()));
     };
     if header.len as usize != message.len() {
-        return wrong(format!("{} bytes that say they are {}", message.len(), header.len));
+        return wrong(format!(
+            "{} bytes that say they are {}",
+            message.len(),
+            header.len
+        ));
     }
     if header.opcode != FUSE_INIT {
         return wrong(format!("opcode {}", header.opcode));
@@ -45,9 +52,15 @@ pub(super) fn play<S: AsFd>(
     session: impl FnOnce(OwnedFd) -> io::Result<S>,
 ) -> Result<(S, Vec<u8>), AdoptError> {
     let failed = |doing| move |errno| AdoptError::Device { doing, errno };
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-        .map_err(failed("making a socket pair for the handshake"))?;
-    send(ours.as_raw_fd(), request, MsgFlags::MSG_NOSIGNAL).map_err(failed("playing INIT to the session"))?;
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .map_err(failed("making a socket pair for the handshake"))?;
+    send(ours.as_raw_fd(), request, MsgFlags::MSG_NOSIGNAL)
+        .map_err(failed("playing INIT to the session"))?;
     // A session that reads on after INIT finds the end instead of waiting for ever.
     shutdown(ours.as_raw_fd(), Shutdown::Write).map_err(failed("playing INIT to the session"))?;
     let given = inode(theirs.as_fd()).map_err(failed("looking at the socket pair"))?;
@@ -77,10 +90,18 @@ fn check_reply(request: &[u8], reply: &[u8]) -> Result<(), AdoptError> {
         return wrong(format!("{} bytes were written", reply.len()));
     };
     if header.error != 0 {
-        return wrong(format!("it said {}", io::Error::from_raw_os_error(header.error.wrapping_neg())));
+        return wrong(format!(
+            "it said {}",
+            io::Error::from_raw_os_error(header.error.wrapping_neg())
+        ));
     }
-    if header.len as usize != reply.len() || header.unique != unique || body.len() < SHORTEST_REPLY {
-        return wrong(format!("{} bytes for request {} were written", reply.len(), header.unique));
+    if header.len as usize != reply.len() || header.unique != unique || body.len() < SHORTEST_REPLY
+    {
+        return wrong(format!(
+            "{} bytes for request {} were written",
+            reply.len(),
+            header.unique
+        ));
     }
     Ok(())
 }
@@ -98,9 +119,12 @@ pub(super) fn reply_body(reply: &[u8]) -> InitOut {
 /// Whether the kernel offered the contract and the session signed it.
 pub(super) fn is_signed(request: &[u8], reply: &[u8]) -> bool {
     let body = request.get(size_of::<InHeader>()..).unwrap_or_default();
-    let Ok((init, rest)) = InitIn::read_from_prefix(body) else { return false };
+    let Ok((init, rest)) = InitIn::read_from_prefix(body) else {
+        return false;
+    };
     let high = u32::read_from_prefix(rest).map_or(0, |(flags2, _)| flags2);
-    let offered = u64::from(init.flags) & FUSE_INIT_EXT != 0 && u64::from(high) & (FUSE_RESTARTABLE >> 32) != 0;
+    let offered = u64::from(init.flags) & FUSE_INIT_EXT != 0
+        && u64::from(high) & (FUSE_RESTARTABLE >> 32) != 0;
     offered && reply_body(reply).all_flags() & FUSE_RESTARTABLE != 0
 }
 
@@ -116,14 +140,22 @@ pub(super) fn compare(stored: &InitOut, now: &InitOut) -> Result<(), AdoptError>
     let differs = |what, stored, now| Err(AdoptError::InitDiffers { what, stored, now });
     // The kernel shapes its messages by the server's minor version.
     if stored.minor != now.minor || stored.major != now.major {
-        return differs("the version of the protocol", u64::from(stored.minor), u64::from(now.minor));
+        return differs(
+            "the version of the protocol",
+            u64::from(stored.minor),
+            u64::from(now.minor),
+        );
     }
     if stored.all_flags() != now.all_flags() {
         return differs("the set of flags", stored.all_flags(), now.all_flags());
     }
     // The server's buffers are made for its own limit.
     if now.max_write < stored.max_write {
-        return differs("max_write", u64::from(stored.max_write), u64::from(now.max_write));
+        return differs(
+            "max_write",
+            u64::from(stored.max_write),
+            u64::from(now.max_write),
+        );
     }
     Ok(())
 }
@@ -133,11 +165,22 @@ pub(super) fn put_under<S: AsFd>(device: BorrowedFd<'_>, session: &S) -> Result<
     loop {
         // SAFETY: the number belongs to the session, which lives; what is behind it was made by `play` for no other
         // purpose than to be replaced here, and nobody else holds it by this number.
-        let result = unsafe { libc::dup3(device.as_raw_fd(), session.as_fd().as_raw_fd(), libc::O_CLOEXEC) };
+        let result = unsafe {
+            libc::dup3(
+                device.as_raw_fd(),
+                session.as_fd().as_raw_fd(),
+                libc::O_CLOEXEC,
+            )
+        };
         match Errno::result(result) {
             Ok(_) => return Ok(()),
             Err(Errno::EINTR) => {}
-            Err(errno) => return Err(AdoptError::Device { doing: "putting the device under the session", errno }),
+            Err(errno) => {
+                return Err(AdoptError::Device {
+                    doing: "putting the device under the session",
+                    errno,
+                })
+            }
         }
     }
 }

@@ -25,6 +25,8 @@ mod crash_tests;
 #[cfg(test)]
 mod fake_kernel;
 #[cfg(test)]
+mod test_support;
+#[cfg(test)]
 mod tests;
 
 use std::io;
@@ -146,7 +148,11 @@ impl Adopt {
         if let How::Recovered { .. } | How::First(Support::Granted) = how {
             tracing::debug!(?how, "took the connection over");
         }
-        Ok(Adopted { session, how: self.release(how, ours)?, notifier: Notifier::owned(self.device) })
+        Ok(Adopted {
+            session,
+            how: self.release(how, ours)?,
+            notifier: Notifier::owned(self.device),
+        })
     }
 
     /// What has to be said once the session is on the real descriptor.
@@ -205,12 +211,18 @@ impl Adopt {
                 }
                 // A new mount with the memfd of one that never came to life.
                 Err(Errno::ENOENT) => return Ok(Stage::Unread),
-                Err(errno) => return Err(error::device("answering INIT for an instance that died")(errno)),
+                Err(errno) => {
+                    return Err(error::device("answering INIT for an instance that died")(
+                        errno,
+                    ))
+                }
             }
         }
         match init.request() {
             // Before INIT is answered nothing else is to be read, so this one is new.
-            Some(_) if device::is_readable(fd).map_err(error::device("polling"))? => Ok(Stage::Unread),
+            Some(_) if device::is_readable(fd).map_err(error::device("polling"))? => {
+                Ok(Stage::Unread)
+            }
             Some(request) => Ok(Stage::Read(request)),
             None => Ok(Stage::Unread),
         }
@@ -241,7 +253,9 @@ impl Adopt {
                 Ok(request) => return Ok(request),
                 Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
                     Errno::EINTR | Errno::ENOENT => {}
-                    Errno::EAGAIN => device::wait_readable(fd).map_err(error::device("waiting for INIT"))?,
+                    Errno::EAGAIN => {
+                        device::wait_readable(fd).map_err(error::device("waiting for INIT"))?
+                    }
                     errno => return Err(error::device("reading INIT")(errno)),
                 },
             }
@@ -262,7 +276,10 @@ impl Adopt {
         }
         let init = self.state.init();
         if !init.set_reply(&reply) {
-            return Err(AdoptError::NoReply(format!("{} bytes were written", reply.len())));
+            return Err(AdoptError::NoReply(format!(
+                "{} bytes were written",
+                reply.len()
+            )));
         }
         match device::write(self.device.as_fd(), &reply) {
             Ok(()) => init.set_answered(),
@@ -297,17 +314,25 @@ impl Adopt {
     /// Whether the kept handshake asked for recovery.
     fn is_signed(&self) -> bool {
         let init = self.state.init();
-        init.request().zip(init.reply()).is_some_and(|(request, reply)| handshake::is_signed(&request, &reply))
+        init.request()
+            .zip(init.reply())
+            .is_some_and(|(request, reply)| handshake::is_signed(&request, &reply))
     }
 
     /// Plays the kept INIT; the session must answer it as the kernel was answered.
-    fn play_again<S: AsFd>(&self, session: impl FnOnce(OwnedFd) -> io::Result<S>) -> Result<S, AdoptError> {
+    fn play_again<S: AsFd>(
+        &self,
+        session: impl FnOnce(OwnedFd) -> io::Result<S>,
+    ) -> Result<S, AdoptError> {
         let init = self.state.init();
         let (Some(request), Some(stored)) = (init.request(), init.reply()) else {
             return Err(AdoptError::StateLost);
         };
         let (session, reply) = handshake::play(&request, session)?;
-        handshake::compare(&handshake::reply_body(&stored), &handshake::reply_body(&reply))?;
+        handshake::compare(
+            &handshake::reply_body(&stored),
+            &handshake::reply_body(&reply),
+        )?;
         Ok(session)
     }
 
@@ -327,13 +352,25 @@ impl Adopt {
         state.nodes().begin_replay();
         recover.resolve(state).map_err(AdoptError::Resolve)?;
         let report = recovery::replay_all(fd, cookie, stored.max_write, recover, state)?;
-        recover.finish(state, Some(&report)).map_err(AdoptError::Finish)?;
+        recover
+            .finish(state, Some(&report))
+            .map_err(AdoptError::Finish)?;
         let session = self.play_again(session)?;
-        Ok((session, How::Recovered { report, took: began.elapsed() }))
+        Ok((
+            session,
+            How::Recovered {
+                report,
+                took: began.elapsed(),
+            },
+        ))
     }
 
     /// The cookie of the recovery, or `None` where there is none to be had.
-    fn say_restarted(&self, fd: BorrowedFd<'_>, identity: Identity) -> Result<Option<u64>, AdoptError> {
+    fn say_restarted(
+        &self,
+        fd: BorrowedFd<'_>,
+        identity: Identity,
+    ) -> Result<Option<u64>, AdoptError> {
         let not_guaranteed =
             "nothing is held or checked: an application may see errors, or a file that is not the one it opened";
         if !self.is_signed() {

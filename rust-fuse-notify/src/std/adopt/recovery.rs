@@ -33,7 +33,9 @@ pub(super) fn replay_all<R: Recover>(
             Ok(len) => len,
             // What the kernel says once it has refused the root, and to every read after it.
             Err(Errno::ESTALE) => {
-                return Err(AdoptError::RootRefused { reason: "the kernel knows it with another type or number".into() })
+                return Err(AdoptError::RootRefused {
+                    reason: "the kernel knows it with another type or number".into(),
+                })
             }
             Err(errno) => return Err(device_error("reading a replay")(errno)),
         };
@@ -45,18 +47,32 @@ pub(super) fn replay_all<R: Recover>(
             }
             Message::Replay(replay) => {
                 let expected = "the root";
-                return Err(AdoptError::Unexpected { opcode: 3, nodeid: replay.nodeid, expected });
+                return Err(AdoptError::Unexpected {
+                    opcode: 3,
+                    nodeid: replay.nodeid,
+                    expected,
+                });
             }
             Message::Report(report) if report.cookie == cookie => {
-                if report.replayed != answered || report.replayed != report.confirmed + report.revoked {
-                    tracing::warn!(answered, ?report, "the kernel's report does not add up with what was answered");
+                if report.replayed != answered
+                    || report.replayed != report.confirmed + report.revoked
+                {
+                    tracing::warn!(
+                        answered,
+                        ?report,
+                        "the kernel's report does not add up with what was answered"
+                    );
                 }
                 return Ok(report);
             }
             Message::Report(_) => return Err(AdoptError::Superseded),
             Message::Other { header, .. } => {
                 let (opcode, nodeid) = (header.opcode, header.nodeid);
-                return Err(AdoptError::Unexpected { opcode, nodeid, expected: "the report" });
+                return Err(AdoptError::Unexpected {
+                    opcode,
+                    nodeid,
+                    expected: "the report",
+                });
             }
         }
     }

@@ -5,163 +5,14 @@ use std::cell::RefCell;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::IntoBytes;
 
-use super::fake_kernel::{mount, Inode, Kernel, Phase, Shared, INIT_ID};
+use super::fake_kernel::{Inode, Kernel, Phase, Shared, INIT_ID};
+use super::test_support::*;
 use super::*;
 use crate::std::device::fake;
-use crate::std::state::{Config, FileHandle, Intent, Keep, NewNode, NodeFlags};
+use crate::std::state::Intent;
 use crate::std::wire::*;
-
-pub(super) const IDENTITY: Identity = Identity([3, 4]);
-const CONFIG: Config = Config { nodes: 100, handles: 10, journal: 4 };
-
-pub(super) fn open_state(fd: &OwnedFd) -> Arc<State> {
-    Arc::new(State::open(fd.try_clone().unwrap(), IDENTITY, &CONFIG).unwrap())
-}
-
-pub(super) fn file(which: u64) -> NewNode {
-    NewNode {
-        handle: FileHandle::new(1, &which.to_ne_bytes()).unwrap(),
-        domain: 0,
-        generation: 5,
-        ino: which,
-        mode: libc::S_IFREG,
-        flags: NodeFlags::NONE,
-        aux: [0; 4],
-    }
-}
-
-/// A server that knows what is in its node table.
-#[derive(Default)]
-pub(super) struct Server {
-    other_identity: bool,
-    root_error: Option<i32>,
-    fail_resolve: bool,
-    fail_finish: bool,
-    calls: Vec<String>,
-}
-
-impl Recover for Server {
-    fn identity(&self) -> Identity {
-        if self.other_identity { Identity([9, 9]) } else { IDENTITY }
-    }
-
-    fn resolve(&mut self, state: &State) -> Result<(), ServerError> {
-        self.calls.push("resolve".into());
-        for intent in state.journal().unresolved() {
-            state.journal().resume(intent.id).unwrap().cancel();
-        }
-        if self.fail_resolve { Err("disk on fire".into()) } else { Ok(()) }
-    }
-
-    fn replay(&mut self, state: &State, replay: &Replay) -> Result<Attr, i32> {
-        self.calls.push(format!("replay {:#x}", replay.nodeid));
-        if replay.nodeid == FUSE_ROOT_ID {
-            return match self.root_error {
-                Some(errno) => Err(errno),
-                None => Ok(Attr { ino: 1, mode: libc::S_IFDIR, ..Attr::default() }),
-            };
-        }
-        let node = state.nodes().get(replay.nodeid).ok_or(libc::ESTALE)?;
-        if node.info.generation != replay.generation {
-            return Err(libc::ESTALE);
-        }
-        state.nodes().confirm(replay.nodeid, replay.nlookup);
-        Ok(Attr { ino: node.info.ino, mode: node.info.mode, ..Attr::default() })
-    }
-
-    fn finish(&mut self, state: &State, report: Option<&Report>) -> Result<(), ServerError> {
-        self.calls.push(format!("finish {}", report.is_some()));
-        if let Some(report) = report {
-            state.settle(report, |_| Keep::Drop);
-        }
-        if self.fail_finish { Err("disk full".into()) } else { Ok(()) }
-    }
-}
-
-/// Answers INIT as fuser does: within the closure, on the descriptor it is given.
-#[derive(Clone, Copy)]
-pub(super) struct Answer {
-    flags: u64,
-    max_write: u32,
-    minor: u32,
-}
-
-pub(super) const SIGNS: Answer = Answer { flags: FUSE_INIT_EXT | FUSE_RESTARTABLE, max_write: 65536, minor: 40 };
-
-pub(super) fn session(answer: Answer) -> impl FnOnce(OwnedFd) -> io::Result<OwnedFd> {
-    move |fd| {
-        let mut buffer = [0; 8192];
-        let len = nix::unistd::read(&fd, &mut buffer)?;
-        let (header, _) = InHeader::read_from_prefix(&buffer[..len]).unwrap();
-        assert_eq!((header.opcode, header.unique, header.len as usize), (FUSE_INIT, INIT_ID, len));
-        let out = InitOut {
-            major: 7,
-            minor: answer.minor,
-            flags: answer.flags as u32,
-            flags2: (answer.flags >> 32) as u32,
-            max_write: answer.max_write,
-            ..InitOut::default()
-        };
-        let header = OutHeader { len: 80, error: 0, unique: header.unique };
-        nix::unistd::write(&fd, &[header.as_bytes(), out.as_bytes()].concat())?;
-        Ok(fd)
-    }
-}
-
-/// One mount: the kernel's side, the memfd and the keeper's descriptor.
-pub(super) struct Mount {
-    pub(super) kernel: Rc<RefCell<Kernel>>,
-    pub(super) device: OwnedFd,
-    pub(super) memfd: OwnedFd,
-    far: OwnedFd,
-}
-
-impl Mount {
-    pub(super) fn new(offers: u64) -> Mount {
-        let kernel = Kernel::new(offers);
-        let (device, far) = mount(&kernel);
-        Mount { kernel: Rc::new(RefCell::new(kernel)), device, memfd: State::create_memfd().unwrap(), far }
-    }
-
-    /// One instance, from start to being served.
-    fn adopt(&self, server: &mut Server, answer: Answer) -> Result<Adopted<OwnedFd>, AdoptError> {
-        self.adopt_with(server, session(answer))
-    }
-
-    fn adopt_with(
-        &self,
-        server: &mut Server,
-        session: impl FnOnce(OwnedFd) -> io::Result<OwnedFd>,
-    ) -> Result<Adopted<OwnedFd>, AdoptError> {
-        let adopt = Adopt::new(self.device.try_clone().unwrap(), open_state(&self.memfd));
-        fake::with(Box::new(Shared(self.kernel.clone())), || adopt.run(server, session))
-    }
-
-    pub(super) fn log(&self) -> Vec<String> {
-        std::mem::take(&mut self.kernel.borrow_mut().log)
-    }
-
-    /// Has been served, with these files in table and cache.
-    pub(super) fn served(files: &[u64]) -> Mount {
-        let mount = Mount::new(FUSE_RESTARTABLE);
-        mount.adopt(&mut Server::default(), SIGNS).unwrap();
-        let state = open_state(&mount.memfd);
-        for which in files {
-            let nodeid = state.nodes().lookup(&file(*which)).unwrap().nodeid;
-            let inode = Inode { nodeid, generation: 5, nlookup: 7, ino: *which, kind: libc::S_IFREG };
-            mount.kernel.borrow_mut().inodes.push(inode);
-        }
-        mount.log();
-        mount
-    }
-
-    fn is_under(&self, session: &OwnedFd) -> bool {
-        let inode = |fd: BorrowedFd<'_>| nix::sys::stat::fstat(fd).unwrap().st_ino;
-        inode(session.as_fd()) == inode(self.device.as_fd())
-    }
-}
 
 #[test]
 fn first_start_signs_with_the_identity() {
@@ -174,36 +25,80 @@ fn first_start_signs_with_the_identity() {
     assert_eq!(cloexec, Ok(libc::FD_CLOEXEC));
     assert_eq!(mount.kernel.borrow().init.unwrap().identity, IDENTITY.0);
     assert!(server.calls.is_empty());
-    assert_eq!(State::peek(mount.memfd.as_fd()).unwrap(), crate::std::state::Stage::Serving);
+    assert_eq!(
+        State::peek(mount.memfd.as_fd()).unwrap(),
+        crate::std::state::Stage::Serving
+    );
 }
 
 #[test]
 fn first_start_without_the_flag_or_the_kernel() {
     let mount = Mount::new(FUSE_RESTARTABLE);
-    let plain = Answer { flags: FUSE_INIT_EXT, ..SIGNS };
-    assert_eq!(mount.adopt(&mut Server::default(), plain).unwrap().how, How::First(Support::NotGranted));
+    let plain = Answer {
+        flags: FUSE_INIT_EXT,
+        ..SIGNS
+    };
+    assert_eq!(
+        mount.adopt(&mut Server::default(), plain).unwrap().how,
+        How::First(Support::NotGranted)
+    );
     assert_eq!(mount.kernel.borrow().init.unwrap().identity, [0, 0]);
     let mount = Mount::new(0);
-    assert_eq!(mount.adopt(&mut Server::default(), SIGNS).unwrap().how, How::First(Support::OldKernel));
-    assert_eq!(mount.kernel.borrow().init.unwrap().identity, [0, 0], "an old kernel may check its unused fields");
+    assert_eq!(
+        mount.adopt(&mut Server::default(), SIGNS).unwrap().how,
+        How::First(Support::OldKernel)
+    );
+    assert_eq!(
+        mount.kernel.borrow().init.unwrap().identity,
+        [0, 0],
+        "an old kernel may check its unused fields"
+    );
     let mount = Mount::new(FUSE_RESTARTABLE);
-    let passthrough = Answer { flags: SIGNS.flags | 1 << 37, ..SIGNS };
-    assert_eq!(mount.adopt(&mut Server::default(), passthrough).unwrap().how, How::First(Support::NotGranted));
+    let passthrough = Answer {
+        flags: SIGNS.flags | 1 << 37,
+        ..SIGNS
+    };
+    assert_eq!(
+        mount
+            .adopt(&mut Server::default(), passthrough)
+            .unwrap()
+            .how,
+        How::First(Support::NotGranted)
+    );
 }
 
 #[test]
 fn a_recovery_from_restarted_to_commit() {
     let mount = Mount::served(&[10, 20, 30]);
-    let unknown = Inode { nodeid: 99 << 32 | 50, generation: 5, nlookup: 1, ino: 50, kind: libc::S_IFREG };
-    let reborn = Inode { generation: 6, ..mount.kernel.borrow().inodes[3] };
+    let unknown = Inode {
+        nodeid: 99 << 32 | 50,
+        generation: 5,
+        nlookup: 1,
+        ino: 50,
+        kind: libc::S_IFREG,
+    };
+    let reborn = Inode {
+        generation: 6,
+        ..mount.kernel.borrow().inodes[3]
+    };
     mount.kernel.borrow_mut().inodes[3] = reborn;
     mount.kernel.borrow_mut().inodes.push(unknown);
     mount.kernel.borrow_mut().lowest_owed = 1234;
-    drop(open_state(&mount.memfd).journal().begin(77, &Intent::default()).unwrap());
+    drop(
+        open_state(&mount.memfd)
+            .journal()
+            .begin(77, &Intent::default())
+            .unwrap(),
+    );
     let mut server = Server::default();
     let adopted = mount.adopt(&mut server, SIGNS).unwrap();
-    let How::Recovered { report, .. } = adopted.how else { panic!("{:?}", adopted.how) };
-    assert_eq!((report.replayed, report.confirmed, report.revoked), (5, 3, 2));
+    let How::Recovered { report, .. } = adopted.how else {
+        panic!("{:?}", adopted.how)
+    };
+    assert_eq!(
+        (report.replayed, report.confirmed, report.revoked),
+        (5, 3, 2)
+    );
     assert_eq!((report.epoch, report.lowest_owed), (1, Some(1234)));
     assert!(mount.is_under(&adopted.session));
     let log = mount.log();
@@ -215,7 +110,10 @@ fn a_recovery_from_restarted_to_commit() {
     // The table is the replayed set, with the kernel's counts.
     let state = open_state(&mount.memfd);
     let kernel = mount.kernel.borrow();
-    assert_eq!(state.nodes().get(kernel.inodes[1].nodeid).unwrap().lookups, 7);
+    assert_eq!(
+        state.nodes().get(kernel.inodes[1].nodeid).unwrap().lookups,
+        7
+    );
     assert_eq!(state.nodes().get(reborn.nodeid), None);
     assert_eq!(state.nodes().len(), 2);
 }
@@ -224,7 +122,10 @@ fn a_recovery_from_restarted_to_commit() {
 fn many_recoveries() {
     let mount = Mount::served(&[10]);
     for epoch in 1..=300 {
-        let How::Recovered { report, .. } = mount.adopt(&mut Server::default(), SIGNS).unwrap().how else { panic!() };
+        let How::Recovered { report, .. } = mount.adopt(&mut Server::default(), SIGNS).unwrap().how
+        else {
+            panic!()
+        };
         assert_eq!((report.epoch, report.confirmed), (epoch, 2));
     }
 }
@@ -233,35 +134,69 @@ fn many_recoveries() {
 fn the_wrong_server_is_refused_and_the_right_one_still_takes_over() {
     let mount = Mount::served(&[10]);
     // It opened another state than its identity is of.
-    let mut wrong = Server { other_identity: true, ..Server::default() };
-    assert!(matches!(mount.adopt(&mut wrong, SIGNS), Err(AdoptError::WrongState { .. })));
+    let mut wrong = Server {
+        other_identity: true,
+        ..Server::default()
+    };
+    assert!(matches!(
+        mount.adopt(&mut wrong, SIGNS),
+        Err(AdoptError::WrongState { .. })
+    ));
     assert!(mount.log().is_empty() && wrong.calls.is_empty());
     // The kernel knows another identity than state and server.
     mount.kernel.borrow_mut().init.as_mut().unwrap().identity = [8, 8];
     let mut wrong = Server::default();
-    assert!(matches!(mount.adopt(&mut wrong, SIGNS), Err(AdoptError::WrongIdentity { .. })));
+    assert!(matches!(
+        mount.adopt(&mut wrong, SIGNS),
+        Err(AdoptError::WrongIdentity { .. })
+    ));
     assert!(mount.log().is_empty() && wrong.calls.is_empty());
     mount.kernel.borrow_mut().init.as_mut().unwrap().identity = IDENTITY.0;
     // Its root is another.
-    let mut wrong = Server { root_error: Some(libc::ESTALE), ..Server::default() };
+    let mut wrong = Server {
+        root_error: Some(libc::ESTALE),
+        ..Server::default()
+    };
     let error = mount.adopt(&mut wrong, SIGNS).unwrap_err();
     assert!(matches!(error, AdoptError::RootRefused { .. }));
-    assert!(error.to_string().contains("right server can still take over"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("right server can still take over"),
+        "{error}"
+    );
     assert!(!wrong.calls.contains(&"finish true".to_owned()));
     assert_eq!(mount.kernel.borrow().phase, Phase::Refused);
     // The kernel has something against the root.
     mount.kernel.borrow_mut().inodes[0].ino = 2;
-    assert!(matches!(mount.adopt(&mut Server::default(), SIGNS), Err(AdoptError::RootRefused { .. })));
+    assert!(matches!(
+        mount.adopt(&mut Server::default(), SIGNS),
+        Err(AdoptError::RootRefused { .. })
+    ));
     mount.kernel.borrow_mut().inodes[0].ino = 1;
     let adopted = mount.adopt(&mut Server::default(), SIGNS).unwrap();
-    assert!(matches!(adopted.how, How::Recovered { report, .. } if report.confirmed == 2 && report.revoked == 0));
+    assert!(
+        matches!(adopted.how, How::Recovered { report, .. } if report.confirmed == 2 && report.revoked == 0)
+    );
 }
 
 #[test]
 fn a_server_that_would_answer_init_otherwise_is_refused() {
     let others = [
-        (Answer { flags: SIGNS.flags | 1 << 16, ..SIGNS }, "the set of flags"),
-        (Answer { max_write: 4096, ..SIGNS }, "max_write"),
+        (
+            Answer {
+                flags: SIGNS.flags | 1 << 16,
+                ..SIGNS
+            },
+            "the set of flags",
+        ),
+        (
+            Answer {
+                max_write: 4096,
+                ..SIGNS
+            },
+            "max_write",
+        ),
         (Answer { minor: 39, ..SIGNS }, "the version of the protocol"),
     ];
     let mount = Mount::served(&[10]);
@@ -272,7 +207,10 @@ fn a_server_that_would_answer_init_otherwise_is_refused() {
         }
         assert!(!mount.log().iter().any(|entry| entry.starts_with("commit")));
     }
-    let larger = Answer { max_write: 1 << 20, ..SIGNS };
+    let larger = Answer {
+        max_write: 1 << 20,
+        ..SIGNS
+    };
     assert!(mount.adopt(&mut Server::default(), larger).is_ok());
 }
 
@@ -283,10 +221,16 @@ fn a_session_that_does_not_answer_is_refused() {
     assert!(matches!(result, Err(AdoptError::Session(_))));
     let result = mount.adopt_with(&mut Server::default(), Ok);
     assert!(matches!(result, Err(AdoptError::NoReply(_))));
-    let result = mount.adopt_with(&mut Server::default(), |_| Ok(std::fs::File::open("/dev/null")?.into()));
+    let result = mount.adopt_with(&mut Server::default(), |_| {
+        Ok(std::fs::File::open("/dev/null")?.into())
+    });
     assert!(matches!(result, Err(AdoptError::OtherDescriptor)));
     let result = mount.adopt_with(&mut Server::default(), |fd| {
-        let header = OutHeader { len: 16, error: -libc::EPROTO, unique: INIT_ID };
+        let header = OutHeader {
+            len: 16,
+            error: -libc::EPROTO,
+            unique: INIT_ID,
+        };
         nix::unistd::write(&fd, header.as_bytes())?;
         Ok(fd)
     });
@@ -301,7 +245,10 @@ fn a_session_that_does_not_answer_is_refused() {
     assert!(matches!(result, Err(AdoptError::NoReply(_))));
     assert!(mount.log().is_empty(), "something reached the kernel");
     // INIT was read five times ago, and is still there.
-    assert_eq!(mount.adopt(&mut Server::default(), SIGNS).unwrap().how, How::First(Support::Granted));
+    assert_eq!(
+        mount.adopt(&mut Server::default(), SIGNS).unwrap().how,
+        How::First(Support::Granted)
+    );
 }
 
 #[test]
@@ -309,14 +256,21 @@ fn killed_around_the_write_of_the_reply() {
     // After the reply was kept, before it was written.
     let mount = Mount::new(FUSE_RESTARTABLE);
     keep_reply(&mount);
-    assert_eq!(mount.adopt(&mut Server::default(), SIGNS).unwrap().how, How::First(Support::Granted));
+    assert_eq!(
+        mount.adopt(&mut Server::default(), SIGNS).unwrap().how,
+        How::First(Support::Granted)
+    );
     assert_eq!(mount.log(), ["init"]);
     // After it was written, before that was noted.
     let mount = Mount::new(FUSE_RESTARTABLE);
     let reply = keep_reply(&mount);
     mount.kernel.borrow_mut().write(&reply).unwrap();
     let adopted = mount.adopt(&mut Server::default(), SIGNS).unwrap();
-    assert!(matches!(adopted.how, How::Recovered { .. }), "{:?}", adopted.how);
+    assert!(
+        matches!(adopted.how, How::Recovered { .. }),
+        "{:?}",
+        adopted.how
+    );
     // The keeper made a fresh mount and kept the memfd.
     let mut mount = Mount::new(FUSE_RESTARTABLE);
     keep_reply(&mount);
@@ -348,27 +302,48 @@ fn a_state_that_does_not_belong_to_the_mount() {
     let mut mount = Mount::served(&[]);
     mount.memfd = State::create_memfd().unwrap();
     let request = [0; 40];
-    nix::sys::socket::send(mount.far.as_raw_fd(), &request, nix::sys::socket::MsgFlags::empty()).unwrap();
-    assert!(matches!(mount.adopt(&mut Server::default(), SIGNS), Err(AdoptError::StateLost)));
+    nix::sys::socket::send(
+        mount.far.as_raw_fd(),
+        &request,
+        nix::sys::socket::MsgFlags::empty(),
+    )
+    .unwrap();
+    assert!(matches!(
+        mount.adopt(&mut Server::default(), SIGNS),
+        Err(AdoptError::StateLost)
+    ));
     // Served before, mounted afresh with the old memfd.
     let mut mount = Mount::served(&[]);
     let kernel = Kernel::new(FUSE_RESTARTABLE);
     (mount.device, mount.far) = super::fake_kernel::mount(&kernel);
     mount.kernel = Rc::new(RefCell::new(kernel));
-    assert!(matches!(mount.adopt(&mut Server::default(), SIGNS), Err(AdoptError::StateOfEarlierMount)));
+    assert!(matches!(
+        mount.adopt(&mut Server::default(), SIGNS),
+        Err(AdoptError::StateOfEarlierMount)
+    ));
     // Nobody waits for an answer to INIT.
     let mount = Mount::new(FUSE_RESTARTABLE);
     mount.kernel.borrow_mut().awaits_init = false;
-    assert!(matches!(mount.adopt(&mut Server::default(), SIGNS), Err(AdoptError::InitLost)));
+    assert!(matches!(
+        mount.adopt(&mut Server::default(), SIGNS),
+        Err(AdoptError::InitLost)
+    ));
 }
 
 #[test]
 fn a_device_without_a_mount() {
-    let Ok(device) = std::fs::File::options().read(true).write(true).open("/dev/fuse") else {
+    let Ok(device) = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+    else {
         return eprintln!("SKIPPED: /dev/fuse cannot be opened");
     };
     let adopt = Adopt::new(device.into(), open_state(&State::create_memfd().unwrap()));
-    assert!(matches!(adopt.run(&mut Server::default(), session(SIGNS)), Err(AdoptError::NotMounted)));
+    assert!(matches!(
+        adopt.run(&mut Server::default(), session(SIGNS)),
+        Err(AdoptError::NotMounted)
+    ));
 }
 
 #[test]
@@ -377,17 +352,31 @@ fn what_is_no_init_is_refused() {
         let mount = Mount::new(FUSE_RESTARTABLE);
         let mut drain = [0; 8192];
         nix::unistd::read(&mount.device, &mut drain).unwrap();
-        nix::sys::socket::send(mount.far.as_raw_fd(), message, nix::sys::socket::MsgFlags::empty()).unwrap();
-        assert!(matches!(mount.adopt(&mut Server::default(), SIGNS), Err(AdoptError::NotInit(_))));
+        nix::sys::socket::send(
+            mount.far.as_raw_fd(),
+            message,
+            nix::sys::socket::MsgFlags::empty(),
+        )
+        .unwrap();
+        assert!(matches!(
+            mount.adopt(&mut Server::default(), SIGNS),
+            Err(AdoptError::NotInit(_))
+        ));
     }
     let mut version_8 = Kernel::new(0).init_request();
     version_8[40] = 8;
-    assert!(matches!(handshake::check_request(&version_8), Err(AdoptError::NotInit(_))));
+    assert!(matches!(
+        handshake::check_request(&version_8),
+        Err(AdoptError::NotInit(_))
+    ));
 }
 
 #[test]
 fn kernels_without_the_series() {
-    let old = Answer { flags: FUSE_INIT_EXT, ..SIGNS };
+    let old = Answer {
+        flags: FUSE_INIT_EXT,
+        ..SIGNS
+    };
     let mount = Mount::new(0);
     mount.adopt(&mut Server::default(), old).unwrap();
     let mut server = Server::default();
@@ -395,24 +384,55 @@ fn kernels_without_the_series() {
     assert_eq!(server.calls, ["resolve", "finish false"]);
     assert_eq!(mount.log(), ["init", "resend"]);
     mount.kernel.borrow_mut().resends = false;
-    assert_eq!(mount.adopt(&mut Server::default(), old).unwrap().how, How::Nothing);
+    assert_eq!(
+        mount.adopt(&mut Server::default(), old).unwrap().how,
+        How::Nothing
+    );
     // Signed, but not granted.
     let mount = Mount::new(FUSE_RESTARTABLE);
-    let passthrough = Answer { flags: SIGNS.flags | 1 << 37, ..SIGNS };
+    let passthrough = Answer {
+        flags: SIGNS.flags | 1 << 37,
+        ..SIGNS
+    };
     mount.adopt(&mut Server::default(), passthrough).unwrap();
-    assert_eq!(mount.adopt(&mut Server::default(), passthrough).unwrap().how, How::Resent);
+    assert_eq!(
+        mount
+            .adopt(&mut Server::default(), passthrough)
+            .unwrap()
+            .how,
+        How::Resent
+    );
 }
 
 #[test]
 fn the_server_own_errors_end_the_adoption_and_the_next_one_goes_on() {
     let mount = Mount::served(&[10]);
-    let mut server = Server { fail_resolve: true, ..Server::default() };
-    assert!(matches!(mount.adopt(&mut server, SIGNS), Err(AdoptError::Resolve(_))));
-    assert_eq!(server.calls, ["resolve"], "a replay was answered before everything was resolved");
-    let mut server = Server { fail_finish: true, ..Server::default() };
-    assert!(matches!(mount.adopt(&mut server, SIGNS), Err(AdoptError::Finish(_))));
+    let mut server = Server {
+        fail_resolve: true,
+        ..Server::default()
+    };
+    assert!(matches!(
+        mount.adopt(&mut server, SIGNS),
+        Err(AdoptError::Resolve(_))
+    ));
+    assert_eq!(
+        server.calls,
+        ["resolve"],
+        "a replay was answered before everything was resolved"
+    );
+    let mut server = Server {
+        fail_finish: true,
+        ..Server::default()
+    };
+    assert!(matches!(
+        mount.adopt(&mut server, SIGNS),
+        Err(AdoptError::Finish(_))
+    ));
     assert!(!mount.log().iter().any(|entry| entry.starts_with("commit")));
-    let How::Recovered { report, .. } = mount.adopt(&mut Server::default(), SIGNS).unwrap().how else { panic!() };
+    let How::Recovered { report, .. } = mount.adopt(&mut Server::default(), SIGNS).unwrap().how
+    else {
+        panic!()
+    };
     assert_eq!((report.epoch, report.confirmed), (3, 2));
 }
 
@@ -427,23 +447,53 @@ fn messages_that_have_no_place_in_a_recovery() {
     let mut lies = mount.kernel.borrow().replay_message(0);
     lies[0] = 255;
     let cases: [(Result<Vec<u8>, Errno>, Check); 8] = [
-        (Ok(not_root), |error| matches!(error, AdoptError::Unexpected { expected: "the root", .. })),
-        (Ok(other_report), |error| matches!(error, AdoptError::Superseded)),
-        (Ok(lookup), |error| matches!(error, AdoptError::Unexpected { opcode: 1, .. })),
+        (Ok(not_root), |error| {
+            matches!(
+                error,
+                AdoptError::Unexpected {
+                    expected: "the root",
+                    ..
+                }
+            )
+        }),
+        (Ok(other_report), |error| {
+            matches!(error, AdoptError::Superseded)
+        }),
+        (Ok(lookup), |error| {
+            matches!(error, AdoptError::Unexpected { opcode: 1, .. })
+        }),
         (Ok(lies), |error| matches!(error, AdoptError::Message(_))),
         (Ok(vec![]), |error| matches!(error, AdoptError::Message(_))),
-        (Err(Errno::ENODEV), |error| matches!(error, AdoptError::Gone)),
-        (Err(Errno::ESTALE), |error| matches!(error, AdoptError::RootRefused { .. })),
-        (Err(Errno::EIO), |error| matches!(error, AdoptError::Device { errno: Errno::EIO, .. })),
+        (Err(Errno::ENODEV), |error| {
+            matches!(error, AdoptError::Gone)
+        }),
+        (Err(Errno::ESTALE), |error| {
+            matches!(error, AdoptError::RootRefused { .. })
+        }),
+        (Err(Errno::EIO), |error| {
+            matches!(
+                error,
+                AdoptError::Device {
+                    errno: Errno::EIO,
+                    ..
+                }
+            )
+        }),
     ];
     for (message, is_right) in cases {
         mount.kernel.borrow_mut().inject.push_back(message.clone());
         let mut server = Server::default();
         let error = mount.adopt(&mut server, SIGNS).unwrap_err();
         assert!(is_right(&error), "{message:?}: {error:?}");
-        assert!(!server.calls.contains(&"finish true".to_owned()), "{message:?} was taken for the end");
+        assert!(
+            !server.calls.contains(&"finish true".to_owned()),
+            "{message:?} was taken for the end"
+        );
         assert!(!mount.log().iter().any(|entry| entry.starts_with("commit")));
-        assert!(mount.adopt(&mut Server::default(), SIGNS).is_ok(), "the next one cannot take over");
+        assert!(
+            mount.adopt(&mut Server::default(), SIGNS).is_ok(),
+            "the next one cannot take over"
+        );
         mount.log();
     }
 }

@@ -63,9 +63,36 @@ fn halfway(op: Op) -> Option<Op> {
 const SCRIPT: &[Op] = {
     use Op::*;
     &[
-        ReadInit, Root, Reply, Answered, Lookup(5), Lookup(6), Lookup(5), Open(5), Forget(6), Remove(6), Lookup(7),
-        Open(7), Close(0), Bury(7), Open(5), Begin(10), Outcome(10), Begin(11), Begin(12), Outcome(12), Begin(13),
-        Begin(14), Outcome(11), Done(11), Outcome(14), Begin(15), Outcome(13), DropBelow(14), Forget(7), Remove(7),
+        ReadInit,
+        Root,
+        Reply,
+        Answered,
+        Lookup(5),
+        Lookup(6),
+        Lookup(5),
+        Open(5),
+        Forget(6),
+        Remove(6),
+        Lookup(7),
+        Open(7),
+        Close(0),
+        Bury(7),
+        Open(5),
+        Begin(10),
+        Outcome(10),
+        Begin(11),
+        Begin(12),
+        Outcome(12),
+        Begin(13),
+        Begin(14),
+        Outcome(11),
+        Done(11),
+        Outcome(14),
+        Begin(15),
+        Outcome(13),
+        DropBelow(14),
+        Forget(7),
+        Remove(7),
         Lookup(8),
     ]
 };
@@ -76,18 +103,34 @@ fn nodeid(state: &State, which: u64) -> u64 {
 
 fn apply(state: &State, device: &OwnedFd, op: Op) {
     let before = [9; 16];
-    let intent = Intent { opcode: 9, nodeids: [1, 2], names: [b"from", b"to"], args: [3; 4], before: &before };
+    let intent = Intent {
+        opcode: 9,
+        nodeids: [1, 2],
+        names: [b"from", b"to"],
+        args: [3; 4],
+        before: &before,
+    };
     match op {
         Op::Root => state.nodes().set_root(&node(0)),
         Op::Lookup(which) => drop(state.nodes().lookup(&node(which)).unwrap()),
         Op::Forget(which) => drop(state.nodes().forget(nodeid(state, which), 1)),
         Op::Remove(which) => assert!(state.nodes().remove(nodeid(state, which))),
         Op::Bury(which) => {
-            assert!(state.nodes().set_flags(nodeid(state, which), NodeFlags::GRAVEYARD, NodeFlags::NONE));
+            assert!(state.nodes().set_flags(
+                nodeid(state, which),
+                NodeFlags::GRAVEYARD,
+                NodeFlags::NONE
+            ));
         }
         Op::Open(which) => {
             let nodeid = nodeid(state, which);
-            let new = NewHandle { nodeid, flags: 2, kind: HandleKind::File, opener: 9, aux: [5, 6] };
+            let new = NewHandle {
+                nodeid,
+                flags: 2,
+                kind: HandleKind::File,
+                opener: 9,
+                aux: [5, 6],
+            };
             state.handles().insert(&new).unwrap();
         }
         Op::Close(nth) => {
@@ -97,37 +140,79 @@ fn apply(state: &State, device: &OwnedFd, op: Op) {
         }
         Op::Begin(id) => drop(state.journal().begin(id, &intent).unwrap()),
         Op::Outcome(id) => {
-            let success = Success { nodeid: id, fh: 3, payload: b"payload".to_vec() };
-            let outcome = if id == 14 { Err(libc::EEXIST) } else { Ok(success) };
-            state.journal().resume(id).unwrap().outcome(&outcome).unwrap();
+            let success = Success {
+                nodeid: id,
+                fh: 3,
+                payload: b"payload".to_vec(),
+            };
+            let outcome = if id == 14 {
+                Err(libc::EEXIST)
+            } else {
+                Ok(success)
+            };
+            state
+                .journal()
+                .resume(id)
+                .unwrap()
+                .outcome(&outcome)
+                .unwrap();
         }
         Op::Done(id) => state.journal().resume(id).unwrap().done(),
         Op::DropBelow(id) => drop(state.journal().drop_below(Some(id))),
         Op::ReadInit => drop(state.init().read_request(device.as_fd()).unwrap()),
-        Op::Reply => assert!(state.init().set_reply(b"a reply that is longer than a word")),
+        Op::Reply => assert!(state
+            .init()
+            .set_reply(b"a reply that is longer than a word")),
         Op::Answered => state.init().set_answered(),
     }
 }
 
 fn snapshot(state: &State) -> String {
     let mut text = String::new();
-    state.nodes().for_each(|node| writeln!(text, "{node:?}").unwrap());
-    state.handles().for_each(|handle| writeln!(text, "{handle:?}").unwrap());
+    state
+        .nodes()
+        .for_each(|node| writeln!(text, "{node:?}").unwrap());
+    state
+        .handles()
+        .for_each(|handle| writeln!(text, "{handle:?}").unwrap());
     for id in 0..100 {
         if let Some(recorded) = state.journal().lookup(id) {
             writeln!(text, "{id} {recorded:?}").unwrap();
         }
     }
     let init = state.init();
-    writeln!(text, "{:?} {:?} {}", init.request(), init.reply(), init.is_answered()).unwrap();
+    writeln!(
+        text,
+        "{:?} {:?} {}",
+        init.request(),
+        init.reply(),
+        init.is_answered()
+    )
+    .unwrap();
     text
 }
 
 /// A memfd and a device with INIT in its queue.
 fn fresh() -> (OwnedFd, OwnedFd, OwnedFd) {
-    let (device, far) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
-    let header = InHeader { len: 104, opcode: FUSE_INIT, unique: 2, ..InHeader::default() };
-    send(far.as_raw_fd(), &[header.as_bytes(), &[1; 64]].concat(), MsgFlags::empty()).unwrap();
+    let (device, far) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .unwrap();
+    let header = InHeader {
+        len: 104,
+        opcode: FUSE_INIT,
+        unique: 2,
+        ..InHeader::default()
+    };
+    send(
+        far.as_raw_fd(),
+        &[header.as_bytes(), &[1; 64]].concat(),
+        MsgFlags::empty(),
+    )
+    .unwrap();
     (State::create_memfd().unwrap(), device, far)
 }
 
@@ -183,12 +268,16 @@ fn every_store_of_every_operation() {
                 nix::unistd::write(report, b".").unwrap();
             }
         });
-        let state = open(&memfd).unwrap_or_else(|error| panic!("after {stores} stores, {done} operations: {error}"));
+        let state = open(&memfd)
+            .unwrap_or_else(|error| panic!("after {stores} stores, {done} operations: {error}"));
         let found = snapshot(&state);
         if ended {
             assert_eq!(found, snapshots[SCRIPT.len()]);
             // Otherwise the script was not cut where it was meant to be.
-            assert!(in_progress.iter().all(|times| *times > 0), "never killed in one of {in_progress:?}");
+            assert!(
+                in_progress.iter().all(|times| *times > 0),
+                "never killed in one of {in_progress:?}"
+            );
             eprintln!("killed before each of {stores} stores");
             return;
         }

@@ -17,7 +17,9 @@ pub enum StateError {
         source: io::Error,
     },
     /// Somebody else could shrink the file, and every access would then be a SIGBUS.
-    #[error("the state cannot be sealed ({0}): pass a memfd that was created with MFD_ALLOW_SEALING")]
+    #[error(
+        "the state cannot be sealed ({0}): pass a memfd that was created with MFD_ALLOW_SEALING"
+    )]
     NoSeals(io::Error),
     /// Two live instances on one descriptor would steal each other's messages.
     #[error("process {pid} uses this state: end it before another instance starts")]
@@ -85,6 +87,9 @@ pub enum StateError {
 impl StateError {
     /// For `map_err` around a system call.
     pub(super) fn io<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> StateError {
-        move |source| StateError::Io { doing, source: source.into() }
+        move |source| StateError::Io {
+            doing,
+            source: source.into(),
+        }
     }
 }

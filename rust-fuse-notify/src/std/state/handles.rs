@@ -87,7 +87,11 @@ struct Inner {
 }
 
 impl HandleTable {
-    pub(super) fn open(region: Arc<Region>, base: usize, capacity: u32) -> Result<HandleTable, StateError> {
+    pub(super) fn open(
+        region: Arc<Region>,
+        base: usize,
+        capacity: u32,
+    ) -> Result<HandleTable, StateError> {
         let table = HandleTable {
             region,
             base,
@@ -103,9 +107,15 @@ impl HandleTable {
         {
             let inner = &mut *table.inner();
             for slot in 0..u32::try_from(used).unwrap_or(u32::MAX).min(capacity) {
-                let Some(handle) = table.check(slot)? else { continue };
+                let Some(handle) = table.check(slot)? else {
+                    continue;
+                };
                 inner.slots.mark(slot);
-                inner.by_node.entry(handle.info.nodeid).or_default().push(handle.fh);
+                inner
+                    .by_node
+                    .entry(handle.info.nodeid)
+                    .or_default()
+                    .push(handle.fh);
                 if handle.info.opener != 0 {
                     inner.by_opener.insert(handle.info.opener, handle.fh);
                 }
@@ -117,7 +127,13 @@ impl HandleTable {
     }
 
     fn check(&self, slot: u32) -> Result<Option<Handle>, StateError> {
-        let damaged = |what| Err(StateError::Damaged { table: TABLE, slot, what });
+        let damaged = |what| {
+            Err(StateError::Damaged {
+                table: TABLE,
+                slot,
+                what,
+            })
+        };
         let fh = self.region.load_published(self.at(slot) + FH);
         if fh == 0 {
             return Ok(None);
@@ -141,7 +157,10 @@ impl HandleTable {
     /// [`StateError::Full`].
     pub fn insert(&self, new: &NewHandle) -> Result<u64, StateError> {
         let inner = &mut *self.inner();
-        let slot = inner.slots.take().ok_or(StateError::Full { table: TABLE, capacity: self.capacity })?;
+        let slot = inner.slots.take().ok_or(StateError::Full {
+            table: TABLE,
+            capacity: self.capacity,
+        })?;
         if self.region.load(HANDLES_USED_AT) <= u64::from(slot) {
             self.region.store(HANDLES_USED_AT, u64::from(slot) + 1);
         }
@@ -198,7 +217,12 @@ impl HandleTable {
 
     /// The handles of a node.
     pub fn of_node(&self, nodeid: u64) -> Vec<Handle> {
-        let fhs = self.inner().by_node.get(&nodeid).cloned().unwrap_or_default();
+        let fhs = self
+            .inner()
+            .by_node
+            .get(&nodeid)
+            .cloned()
+            .unwrap_or_default();
         fhs.into_iter().filter_map(|fh| self.get(fh)).collect()
     }
 
@@ -243,7 +267,11 @@ impl HandleTable {
 
     fn copy(&self, slot: u32, fh: u64) -> Handle {
         let fixed: Fixed = self.region.get(self.at(slot) + FIXED);
-        let kind = if fixed.kind == 0 { HandleKind::File } else { HandleKind::Directory };
+        let kind = if fixed.kind == 0 {
+            HandleKind::File
+        } else {
+            HandleKind::Directory
+        };
         Handle {
             fh,
             info: NewHandle {

@@ -83,7 +83,11 @@ impl Layout {
             ("journal", config.journal, journal::MAX_CAPACITY),
         ] {
             if !(2..=max).contains(&capacity) {
-                return Err(StateError::Capacity { table, capacity, max });
+                return Err(StateError::Capacity {
+                    table,
+                    capacity,
+                    max,
+                });
             }
         }
         let pages = |slots: u32, size: usize| (slots as usize * size).next_multiple_of(4096);
@@ -91,7 +95,13 @@ impl Layout {
         let handles = journal + pages(config.journal, journal::SLOT_LEN);
         let nodes = handles + pages(config.handles, handles::SLOT_LEN);
         let len = nodes + pages(config.nodes, nodes::SLOT_LEN);
-        Ok(Layout { config: *config, journal, handles, nodes, len })
+        Ok(Layout {
+            config: *config,
+            journal,
+            handles,
+            nodes,
+            len,
+        })
     }
 
     fn fixed(&self, identity: Identity) -> Fixed {
@@ -122,7 +132,9 @@ impl Layout {
 /// attacker: whoever can write the memfd can do as the server can.
 fn checksum(fixed: &Fixed) -> u64 {
     let seed = 0xcbf2_9ce4_8422_2325;
-    fixed.as_bytes()[8..].iter().fold(seed, |sum: u64, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+    fixed.as_bytes()[8..].iter().fold(seed, |sum: u64, byte| {
+        (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    })
 }
 
 /// What a memfd holds.
@@ -144,7 +156,8 @@ pub(super) fn inspect(fd: BorrowedFd<'_>, size: u64) -> Result<Found, StateError
         return Ok(Found::Empty);
     }
     let mut page = [0; HEADER_LEN];
-    let got = nix::sys::uio::pread(fd, &mut page, 0).map_err(StateError::io("reading the header of"))?;
+    let got =
+        nix::sys::uio::pread(fd, &mut page, 0).map_err(StateError::io("reading the header of"))?;
     if got < HEADER_LEN {
         return Err(StateError::Foreign("it is shorter than a header"));
     }
@@ -155,8 +168,9 @@ pub(super) fn inspect(fd: BorrowedFd<'_>, size: u64) -> Result<Found, StateError
     };
     if word(MAGIC_AT) == 0 {
         // Killed while it was laid out: whatever was stored is a part of the fixed header or the first stamp.
-        let others_are_zero =
-            (rest..HEADER_LEN).step_by(8).all(|at| word(at) == 0 || (at == STAMP_AT && word(at) == 1));
+        let others_are_zero = (rest..HEADER_LEN)
+            .step_by(8)
+            .all(|at| word(at) == 0 || (at == STAMP_AT && word(at) == 1));
         if others_are_zero && [0, VERSION].contains(&fixed.version) {
             return Ok(Found::Empty);
         }
@@ -169,14 +183,28 @@ pub(super) fn inspect(fd: BorrowedFd<'_>, size: u64) -> Result<Found, StateError
         return Err(StateError::Foreign("its checksum is wrong"));
     }
     if fixed.version > VERSION {
-        return Err(StateError::Newer { found: fixed.version, ours: VERSION });
+        return Err(StateError::Newer {
+            found: fixed.version,
+            ours: VERSION,
+        });
     }
     if fixed.version < VERSION {
-        return Err(StateError::Older { found: fixed.version, ours: VERSION });
+        return Err(StateError::Older {
+            found: fixed.version,
+            ours: VERSION,
+        });
     }
-    let layout = Layout::of(&Config { nodes: fixed.nodes, handles: fixed.handles, journal: fixed.journal })?;
+    let layout = Layout::of(&Config {
+        nodes: fixed.nodes,
+        handles: fixed.handles,
+        journal: fixed.journal,
+    })?;
     if layout.len as u64 != fixed.len || fixed.len != size {
         return Err(StateError::Foreign("its size does not fit its header"));
     }
-    Ok(Found::State { layout, identity: Identity(fixed.identity), answered: word(ANSWERED_AT) != 0 })
+    Ok(Found::State {
+        layout,
+        identity: Identity(fixed.identity),
+        answered: word(ANSWERED_AT) != 0,
+    })
 }

@@ -10,7 +10,9 @@ use std::sync::Arc;
 
 use zerocopy::FromBytes;
 
-use super::header::{ANSWERED_AT, REPLY_AT, REPLY_LEN_AT, REPLY_MAX, REQUEST_AT, REQUEST_LEN_AT, REQUEST_MAX};
+use super::header::{
+    ANSWERED_AT, REPLY_AT, REPLY_LEN_AT, REPLY_MAX, REQUEST_AT, REQUEST_LEN_AT, REQUEST_MAX,
+};
 use super::region::Region;
 use crate::std::wire::{InHeader, FUSE_INIT};
 
@@ -44,7 +46,8 @@ impl InitStore {
         let header = self.copy(REQUEST_AT, size_of::<InHeader>());
         let (header, _) = InHeader::read_from_prefix(&header).ok()?;
         let len = header.len as usize;
-        let whole = header.opcode == FUSE_INIT && (size_of::<InHeader>()..=REQUEST_MAX).contains(&len);
+        let whole =
+            header.opcode == FUSE_INIT && (size_of::<InHeader>()..=REQUEST_MAX).contains(&len);
         whole.then(|| self.copy(REQUEST_AT, len))
     }
 
@@ -61,7 +64,9 @@ impl InitStore {
     /// The reply that was kept.
     pub(crate) fn reply(&self) -> Option<Vec<u8>> {
         let len = self.region.load_published(REPLY_LEN_AT) as usize;
-        (1..=REPLY_MAX).contains(&len).then(|| self.copy(REPLY_AT, len))
+        (1..=REPLY_MAX)
+            .contains(&len)
+            .then(|| self.copy(REPLY_AT, len))
     }
 
     /// The kernel has the reply.

@@ -92,7 +92,11 @@ impl Journal {
     /// Longest payload of an outcome, in bytes.
     pub const MAX_PAYLOAD: usize = record::MAX_PAYLOAD;
 
-    pub(super) fn open(region: Arc<Region>, base: usize, capacity: u32) -> Result<Journal, StateError> {
+    pub(super) fn open(
+        region: Arc<Region>,
+        base: usize,
+        capacity: u32,
+    ) -> Result<Journal, StateError> {
         let mut inner = Inner {
             slots: Slots::new(capacity),
             by_id: HashMap::new(),
@@ -100,7 +104,13 @@ impl Journal {
             orphans: Vec::new(),
         };
         for slot in 0..capacity {
-            let damaged = |what| Err(StateError::Damaged { table: TABLE, slot, what });
+            let damaged = |what| {
+                Err(StateError::Damaged {
+                    table: TABLE,
+                    slot,
+                    what,
+                })
+            };
             let at = base + slot as usize * SLOT_LEN;
             let word = region.load_published(at);
             let id = word >> 8;
@@ -121,7 +131,12 @@ impl Journal {
             }
             inner.slots.mark(slot);
         }
-        Ok(Journal { region, base, capacity, inner: Mutex::new(inner) })
+        Ok(Journal {
+            region,
+            base,
+            capacity,
+            inner: Mutex::new(inner),
+        })
     }
 
     /// Enters an operation, before anything of it is executed. `unique` is that of the request (resent or not).
@@ -136,10 +151,16 @@ impl Journal {
             return Err(JournalError::NoId);
         }
         if intent.before.len() > Self::MAX_BEFORE {
-            return Err(JournalError::TooLong { what: "the state before", max: Self::MAX_BEFORE });
+            return Err(JournalError::TooLong {
+                what: "the state before",
+                max: Self::MAX_BEFORE,
+            });
         }
         if !record::fits(intent) {
-            return Err(JournalError::TooLong { what: "a name", max: Self::MAX_NAME });
+            return Err(JournalError::TooLong {
+                what: "a name",
+                max: Self::MAX_NAME,
+            });
         }
         let slot = {
             let inner = &mut *self.inner();
@@ -150,7 +171,9 @@ impl Journal {
                 Some(slot) => slot,
                 None => {
                     self.evict(inner);
-                    inner.slots.take().ok_or(JournalError::Full { capacity: self.capacity })?
+                    inner.slots.take().ok_or(JournalError::Full {
+                        capacity: self.capacity,
+                    })?
                 }
             };
             inner.by_id.insert(id, slot);
@@ -159,7 +182,11 @@ impl Journal {
         // The slot is this thread's alone now.
         record::write_intent(&self.region, self.at(slot), intent);
         self.region.publish(self.at(slot), id << 8 | INTENT);
-        Ok(Slot { journal: self, id, slot })
+        Ok(Slot {
+            journal: self,
+            id,
+            slot,
+        })
     }
 
     /// What is known of a request; ask for resent ones, and answer an outcome without executing anything.
@@ -175,18 +202,30 @@ impl Journal {
         let inner = &mut *self.inner();
         let slot = *inner.by_id.get(&id)?;
         inner.finished.remove(&id);
-        Some(Slot { journal: self, id, slot })
+        Some(Slot {
+            journal: self,
+            id,
+            slot,
+        })
     }
 
     /// Every intent without an outcome, lowest id first: at start-up each is to be resolved with [`Journal::resume`]
     /// and [`Slot::outcome`] (found done, or finished) or [`Slot::cancel`] (not done, or undone).
     pub fn unresolved(&self) -> Vec<IntentRecord> {
-        let mut entries: Vec<(u64, u32)> = self.inner().by_id.iter().map(|(id, slot)| (*id, *slot)).collect();
+        let mut entries: Vec<(u64, u32)> = self
+            .inner()
+            .by_id
+            .iter()
+            .map(|(id, slot)| (*id, *slot))
+            .collect();
         entries.sort_unstable();
-        let intents = entries.into_iter().filter_map(|(id, slot)| match self.recorded(id, slot)? {
-            Recorded::Intent(intent) => Some(intent),
-            Recorded::Outcome(_) => None,
-        });
+        let intents =
+            entries
+                .into_iter()
+                .filter_map(|(id, slot)| match self.recorded(id, slot)? {
+                    Recorded::Intent(intent) => Some(intent),
+                    Recorded::Outcome(_) => None,
+                });
         intents.collect()
     }
 
@@ -216,11 +255,18 @@ impl Journal {
 
     /// Nodes that outcomes name.
     pub(super) fn nodes_named(&self) -> HashSet<u64> {
-        let entries: Vec<(u64, u32)> = self.inner().by_id.iter().map(|(id, slot)| (*id, *slot)).collect();
-        let named = entries.into_iter().filter_map(|(id, slot)| match self.recorded(id, slot)? {
-            Recorded::Outcome(Ok(success)) => Some(success.nodeid),
-            _ => None,
-        });
+        let entries: Vec<(u64, u32)> = self
+            .inner()
+            .by_id
+            .iter()
+            .map(|(id, slot)| (*id, *slot))
+            .collect();
+        let named = entries
+            .into_iter()
+            .filter_map(|(id, slot)| match self.recorded(id, slot)? {
+                Recorded::Outcome(Ok(success)) => Some(success.nodeid),
+                _ => None,
+            });
         named.collect()
     }
 
@@ -242,7 +288,9 @@ impl Journal {
 
     /// Frees the slot of the leftover outcome with the lowest id, if there is one.
     fn evict(&self, inner: &mut Inner) {
-        let Some((id, slot)) = inner.finished.pop_first() else { return };
+        let Some((id, slot)) = inner.finished.pop_first() else {
+            return;
+        };
         if let Some(Recorded::Outcome(Ok(success))) = self.recorded(id, slot) {
             if success.nodeid != 0 {
                 inner.orphans.push(success.nodeid);
@@ -288,8 +336,14 @@ impl Slot<'_> {
     /// # Errors
     /// [`JournalError::TooLong`]; the entry is as it was.
     pub fn outcome(&mut self, outcome: &Outcome) -> Result<(), JournalError> {
-        if outcome.as_ref().is_ok_and(|success| success.payload.len() > Journal::MAX_PAYLOAD) {
-            return Err(JournalError::TooLong { what: "the payload", max: Journal::MAX_PAYLOAD });
+        if outcome
+            .as_ref()
+            .is_ok_and(|success| success.payload.len() > Journal::MAX_PAYLOAD)
+        {
+            return Err(JournalError::TooLong {
+                what: "the payload",
+                max: Journal::MAX_PAYLOAD,
+            });
         }
         let (region, at) = (&self.journal.region, self.journal.at(self.slot));
         // An outcome that is replaced must not be read half old, half new.

@@ -27,6 +27,10 @@ mod slots;
 #[cfg(test)]
 pub(crate) mod crash_tests;
 #[cfg(test)]
+mod journal_tests;
+#[cfg(test)]
+mod table_tests;
+#[cfg(test)]
 mod tests;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -61,7 +65,11 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Config { nodes: 4 << 20, handles: 1 << 20, journal: 4096 }
+        Config {
+            nodes: 4 << 20,
+            handles: 1 << 20,
+            journal: 4096,
+        }
     }
 }
 
@@ -146,15 +154,22 @@ impl State {
         let found = header::inspect(fd.as_fd(), size)?;
         let layout = match found {
             Found::Empty => Layout::of(config)?,
-            Found::State { identity: found, .. } if found != identity => {
-                return Err(StateError::WrongIdentity { found, ours: identity });
+            Found::State {
+                identity: found, ..
+            } if found != identity => {
+                return Err(StateError::WrongIdentity {
+                    found,
+                    ours: identity,
+                });
             }
             Found::State { layout, .. } => layout,
         };
         let fresh = found == Found::Empty;
         if fresh {
             if size != 0 && size != layout.len as u64 {
-                return Err(StateError::Foreign("it has no magic number and not the size of a state"));
+                return Err(StateError::Foreign(
+                    "it has no magic number and not the size of a state",
+                ));
             }
             can_seal(fd.as_fd())?;
             nix::unistd::ftruncate(&fd, layout.len as i64).map_err(StateError::io("sizing"))?;
@@ -209,7 +224,10 @@ impl State {
     /// A node that an owed outcome names is not shown to `keep`: the kernel has yet to be told of it. It goes, if
     /// the answer is never asked for, through [`State::take_orphans`] or at the next recovery.
     pub fn settle(&self, report: &Report, mut keep: impl FnMut(&Node) -> Keep) -> Settled {
-        let mut settled = Settled { outcomes_dropped: self.journal.drop_below(report.lowest_owed), ..Settled::default() };
+        let mut settled = Settled {
+            outcomes_dropped: self.journal.drop_below(report.lowest_owed),
+            ..Settled::default()
+        };
         // Every node is looked at below, those of dropped outcomes too.
         self.journal.take_orphans();
         let owed = self.journal.nodes_named();
@@ -217,7 +235,10 @@ impl State {
             if !self.nodes.disown(node.nodeid) {
                 return;
             }
-            let node = Node { lookups: 0, ..*node };
+            let node = Node {
+                lookups: 0,
+                ..*node
+            };
             if owed.contains(&node.nodeid) || keep(&node) == Keep::Keep {
                 settled.kept_unused += 1;
             } else if self.nodes.remove(node.nodeid) {
@@ -225,7 +246,9 @@ impl State {
             }
         });
         self.handles.for_each(|handle| {
-            if self.nodes.get(handle.info.nodeid).is_none() && self.handles.remove(handle.fh).is_some() {
+            if self.nodes.get(handle.info.nodeid).is_none()
+                && self.handles.remove(handle.fh).is_some()
+            {
                 settled.handles_dropped += 1;
             }
         });
@@ -253,8 +276,13 @@ impl State {
             return Vec::new();
         }
         let owed = self.journal.nodes_named();
-        let unused = candidates.into_iter().filter(|nodeid| !owed.contains(nodeid));
-        unused.filter_map(|nodeid| self.nodes.get(nodeid)).filter(|node| node.lookups == 0).collect()
+        let unused = candidates
+            .into_iter()
+            .filter(|nodeid| !owed.contains(nodeid));
+        unused
+            .filter_map(|nodeid| self.nodes.get(nodeid))
+            .filter(|node| node.lookups == 0)
+            .collect()
     }
 }
 
@@ -268,21 +296,32 @@ fn size_of_file(fd: BorrowedFd<'_>) -> Result<u64, StateError> {
 
 /// Refuses a state that another process uses. The lock ends with the process, however it ends.
 fn lock(fd: BorrowedFd<'_>) -> Result<(), StateError> {
-    let mut whole = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
+    let mut whole = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: 0,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
     match fcntl(fd, FcntlArg::F_SETLK(&whole)) {
         Ok(_) => return Ok(()),
         Err(Errno::EAGAIN | Errno::EACCES) => {}
         Err(other) => return Err(StateError::io("locking")(other)),
     }
     fcntl(fd, FcntlArg::F_GETLK(&mut whole)).map_err(StateError::io("locking"))?;
-    Err(StateError::InUse { pid: whole.l_pid.max(0) })
+    Err(StateError::InUse {
+        pid: whole.l_pid.max(0),
+    })
 }
 
 /// So that a file that cannot be a state is not even resized.
 fn can_seal(fd: BorrowedFd<'_>) -> Result<(), StateError> {
-    let has = fcntl(fd, FcntlArg::F_GET_SEALS).map_err(|errno| StateError::NoSeals(errno.into()))?;
+    let has =
+        fcntl(fd, FcntlArg::F_GET_SEALS).map_err(|errno| StateError::NoSeals(errno.into()))?;
     if SealFlag::from_bits_retain(has).contains(SealFlag::F_SEAL_SEAL) {
-        return Err(StateError::NoSeals(std::io::ErrorKind::PermissionDenied.into()));
+        return Err(StateError::NoSeals(
+            std::io::ErrorKind::PermissionDenied.into(),
+        ));
     }
     Ok(())
 }
@@ -290,9 +329,12 @@ fn can_seal(fd: BorrowedFd<'_>) -> Result<(), StateError> {
 /// From now on nobody can make the file smaller than what is mapped of it.
 fn seal(fd: BorrowedFd<'_>) -> Result<(), StateError> {
     let wanted = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
-    let has = fcntl(fd, FcntlArg::F_GET_SEALS).map_err(|errno| StateError::NoSeals(errno.into()))?;
+    let has =
+        fcntl(fd, FcntlArg::F_GET_SEALS).map_err(|errno| StateError::NoSeals(errno.into()))?;
     if SealFlag::from_bits_retain(has).contains(wanted) {
         return Ok(());
     }
-    fcntl(fd, FcntlArg::F_ADD_SEALS(wanted)).map(drop).map_err(|errno| StateError::NoSeals(errno.into()))
+    fcntl(fd, FcntlArg::F_ADD_SEALS(wanted))
+        .map(drop)
+        .map_err(|errno| StateError::NoSeals(errno.into()))
 }

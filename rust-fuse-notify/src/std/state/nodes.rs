@@ -69,7 +69,11 @@ impl FileHandle {
     pub fn new(kind: i32, bytes: &[u8]) -> Option<FileHandle> {
         let mut all = [0; FileHandle::MAX];
         all.get_mut(..bytes.len())?.copy_from_slice(bytes);
-        Some(FileHandle { kind, len: bytes.len() as u8, bytes: all })
+        Some(FileHandle {
+            kind,
+            len: bytes.len() as u8,
+            bytes: all,
+        })
     }
 
     /// `handle_type`.
@@ -155,7 +159,11 @@ struct Inner {
 }
 
 impl NodeTable {
-    pub(super) fn open(region: Arc<Region>, base: usize, capacity: u32) -> Result<NodeTable, StateError> {
+    pub(super) fn open(
+        region: Arc<Region>,
+        base: usize,
+        capacity: u32,
+    ) -> Result<NodeTable, StateError> {
         let table = NodeTable {
             region,
             base,
@@ -189,7 +197,13 @@ impl NodeTable {
 
     /// Whether a slot is in use; an error if no server can have written it.
     fn check(&self, slot: u32) -> Result<bool, StateError> {
-        let damaged = |what| Err(StateError::Damaged { table: TABLE, slot, what });
+        let damaged = |what| {
+            Err(StateError::Damaged {
+                table: TABLE,
+                slot,
+                what,
+            })
+        };
         let nodeid = self.region.load_published(self.at(slot) + NODEID);
         if nodeid == 0 {
             return Ok(false);
@@ -247,7 +261,10 @@ impl NodeTable {
             self.region.store(at + LOOKUPS, count);
             return Ok(self.copy(slot, self.region.load(at + NODEID)));
         }
-        let slot = inner.slots.take().ok_or(StateError::Full { table: TABLE, capacity: self.capacity })?;
+        let slot = inner.slots.take().ok_or(StateError::Full {
+            table: TABLE,
+            capacity: self.capacity,
+        })?;
         if self.region.load(NODES_USED_AT) <= u64::from(slot) {
             self.region.store(NODES_USED_AT, u64::from(slot) + 1);
         }
@@ -291,7 +308,9 @@ impl NodeTable {
     /// root.
     pub fn remove(&self, nodeid: u64) -> bool {
         let inner = &mut *self.inner();
-        let Some(at) = self.known(nodeid) else { return false };
+        let Some(at) = self.known(nodeid) else {
+            return false;
+        };
         if nodeid == FUSE_ROOT_ID || self.region.load(at + LOOKUPS) != 0 {
             return false;
         }
@@ -312,7 +331,9 @@ impl NodeTable {
     /// A replay is confirmed: the count is *set*. `false`: there is no such node.
     pub fn confirm(&self, nodeid: u64, nlookup: u64) -> bool {
         let inner = &mut *self.inner();
-        let Some(at) = self.known(nodeid) else { return false };
+        let Some(at) = self.known(nodeid) else {
+            return false;
+        };
         self.region.store(at + LOOKUPS, nlookup);
         let (word, bit) = ((nodeid as u32 / 64) as usize, 1 << (nodeid % 64));
         if inner.confirmed.len() <= word {
@@ -325,9 +346,14 @@ impl NodeTable {
     /// Sets the count of a node that was not confirmed to 0. `false`: it was confirmed, is the root, or is gone.
     pub(super) fn disown(&self, nodeid: u64) -> bool {
         let inner = self.inner();
-        let Some(at) = self.known(nodeid) else { return false };
+        let Some(at) = self.known(nodeid) else {
+            return false;
+        };
         let word = (nodeid as u32 / 64) as usize;
-        let confirmed = inner.confirmed.get(word).is_some_and(|bits| bits & (1 << (nodeid % 64)) != 0);
+        let confirmed = inner
+            .confirmed
+            .get(word)
+            .is_some_and(|bits| bits & (1 << (nodeid % 64)) != 0);
         if confirmed || nodeid == FUSE_ROOT_ID {
             return false;
         }
@@ -338,7 +364,9 @@ impl NodeTable {
     /// Changes the flags; `false`: there is no such node.
     pub fn set_flags(&self, nodeid: u64, set: NodeFlags, clear: NodeFlags) -> bool {
         let _inner = self.inner();
-        let Some(at) = self.known(nodeid) else { return false };
+        let Some(at) = self.known(nodeid) else {
+            return false;
+        };
         let flags = self.region.load(at + FLAGS) & !u64::from(clear.0) | u64::from(set.0);
         self.region.store(at + FLAGS, flags);
         true
@@ -347,7 +375,9 @@ impl NodeTable {
     /// Changes the server's own words, each of which is stored whole; `false`: there is no such node.
     pub fn set_aux(&self, nodeid: u64, aux: [u64; 4]) -> bool {
         let _inner = self.inner();
-        let Some(at) = self.known(nodeid) else { return false };
+        let Some(at) = self.known(nodeid) else {
+            return false;
+        };
         self.region.put(at + AUX, &aux);
         true
     }
@@ -447,7 +477,10 @@ impl NodeTable {
 
     fn search(&self, inner: &Inner, domain: u64, handle: &FileHandle) -> Option<u32> {
         let key = (domain, *handle);
-        inner.index.find(self.hasher.hash_one(key), |slot| self.key(*slot) == key).copied()
+        inner
+            .index
+            .find(self.hasher.hash_one(key), |slot| self.key(*slot) == key)
+            .copied()
     }
 
     fn enter(&self, inner: &mut Inner, slot: u32) {
@@ -462,7 +495,9 @@ impl NodeTable {
         }
         if inner.index.capacity() > 4096 && inner.index.len() < inner.index.capacity() / 8 {
             let wanted = inner.index.len() * 2;
-            inner.index.shrink_to(wanted, |slot| self.hasher.hash_one(self.key(*slot)));
+            inner
+                .index
+                .shrink_to(wanted, |slot| self.hasher.hash_one(self.key(*slot)));
         }
     }
 
@@ -499,5 +534,9 @@ impl NodeTable {
 fn handle_of(fixed: &Fixed) -> FileHandle {
     // `check` has seen the length at start and `fill` wrote the others; the minimum is against other processes.
     let len = fixed.handle_len.min(FileHandle::MAX as u32) as u8;
-    FileHandle { kind: fixed.handle_kind, len, bytes: fixed.handle }
+    FileHandle {
+        kind: fixed.handle_kind,
+        len,
+        bytes: fixed.handle,
+    }
 }

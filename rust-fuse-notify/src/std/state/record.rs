@@ -123,7 +123,14 @@ pub(super) fn write_intent(region: &Region, at: usize, intent: &Intent<'_>) {
 /// Reads an intent; `None` if a length is impossible.
 pub(super) fn read_intent(region: &Region, at: usize, id: u64) -> Option<IntentRecord> {
     let head: IntentHead = region.get(at + INTENT);
-    let name = |i: usize| bytes(region, at + NAMES + i * NAME_ROOM, u64::from(head.name_len[i]), MAX_NAME);
+    let name = |i: usize| {
+        bytes(
+            region,
+            at + NAMES + i * NAME_ROOM,
+            u64::from(head.name_len[i]),
+            MAX_NAME,
+        )
+    };
     Some(IntentRecord {
         id,
         opcode: head.opcode,
@@ -154,9 +161,18 @@ pub(super) fn write_outcome(region: &Region, at: usize, outcome: &Outcome) {
 /// Reads an outcome; `None` if a length is impossible.
 pub(super) fn read_outcome(region: &Region, at: usize) -> Option<Outcome> {
     let head: OutcomeHead = region.get(at + OUTCOME);
-    let payload = bytes(region, at + PAYLOAD, u64::from(head.payload_len), MAX_PAYLOAD)?;
+    let payload = bytes(
+        region,
+        at + PAYLOAD,
+        u64::from(head.payload_len),
+        MAX_PAYLOAD,
+    )?;
     Some(match head.errno {
-        0 => Ok(Success { nodeid: head.nodeid, fh: head.fh, payload }),
+        0 => Ok(Success {
+            nodeid: head.nodeid,
+            fh: head.fh,
+            payload,
+        }),
         errno => Err(errno),
     })
 }

@@ -46,11 +46,18 @@ impl Region {
         // SAFETY: no address is asked for, so no mapping of anybody is replaced.
         let base = unsafe { mmap(None, size, prot, flags, &fd, 0) }?;
         // INVARIANT: mmap aligns to pages and mapped `len` bytes as asked.
-        Ok(Region { base: base.cast(), len, fd })
+        Ok(Region {
+            base: base.cast(),
+            len,
+            fd,
+        })
     }
 
     fn word(&self, offset: usize) -> &AtomicU64 {
-        assert!(offset.is_multiple_of(WORD) && offset < self.len, "offset {offset:#x} is outside of the state");
+        assert!(
+            offset.is_multiple_of(WORD) && offset < self.len,
+            "offset {offset:#x} is outside of the state"
+        );
         // SAFETY: in bounds and aligned by the assertion and the invariant; every bit pattern is a u64; all
         // accesses of this process go through here.
         unsafe { self.base.add(offset / WORD).as_ref() }
@@ -123,7 +130,12 @@ impl Region {
     }
 
     /// One `read(2)` straight into the mapping, so that no crash can come between reading and storing.
-    pub(super) fn read_from(&self, device: BorrowedFd<'_>, offset: usize, len: usize) -> io::Result<usize> {
+    pub(super) fn read_from(
+        &self,
+        device: BorrowedFd<'_>,
+        offset: usize,
+        len: usize,
+    ) -> io::Result<usize> {
         assert!(offset.checked_add(len).is_some_and(|end| end <= self.len));
         // SAFETY: in bounds by the assertion; the kernel writes there as another process that maps the memfd could.
         let got = unsafe {
@@ -137,7 +149,12 @@ impl Region {
     pub(super) fn punch(&self, offset: usize, len: usize) -> io::Result<()> {
         use nix::fcntl::{fallocate, FallocateFlags};
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        Ok(fallocate(self.fd.as_fd(), flags, offset as i64, len as i64)?)
+        Ok(fallocate(
+            self.fd.as_fd(),
+            flags,
+            offset as i64,
+            len as i64,
+        )?)
     }
 }
 

@@ -15,7 +15,12 @@ pub(super) struct Slots {
 
 impl Slots {
     pub(super) fn new(capacity: u32) -> Slots {
-        Slots { used: Vec::new(), capacity, live: 0, hint: 0 }
+        Slots {
+            used: Vec::new(),
+            capacity,
+            live: 0,
+            hint: 0,
+        }
     }
 
     /// Marks a slot that was found in use, or reserves it. `false` if it was marked already.
@@ -35,8 +40,14 @@ impl Slots {
         while self.used.get(self.hint) == Some(&u64::MAX) {
             self.hint += 1;
         }
-        let free = self.used.get(self.hint).map_or(0, |word| word.trailing_ones());
-        let slot = u32::try_from(self.hint).ok()?.checked_mul(64)?.checked_add(free)?;
+        let free = self
+            .used
+            .get(self.hint)
+            .map_or(0, |word| word.trailing_ones());
+        let slot = u32::try_from(self.hint)
+            .ok()?
+            .checked_mul(64)?
+            .checked_add(free)?;
         if slot >= self.capacity {
             return None;
         }
@@ -61,13 +72,17 @@ impl Slots {
 
     /// One more than the highest slot that was ever in use.
     pub(super) fn end(&self) -> u32 {
-        (self.used.len() as u32).saturating_mul(64).min(self.capacity)
+        (self.used.len() as u32)
+            .saturating_mul(64)
+            .min(self.capacity)
     }
 
     /// Whether none of `count` slots from `first` on is in use; both are multiples of 16, `count` is 16.
     pub(super) fn is_group_free(&self, first: u32) -> bool {
         let (word, _) = place(first);
-        self.used.get(word).is_none_or(|bits| (bits >> (first % 64)) & 0xffff == 0)
+        self.used
+            .get(word)
+            .is_none_or(|bits| (bits >> (first % 64)) & 0xffff == 0)
     }
 }
 
