@@ -175,7 +175,9 @@ impl VmArgs {
 impl KernelArgs {
     fn run(self, paths: &Paths) -> Result<ExitCode> {
         match self.command {
-            Some(KernelSub::Source) => println!("{}", kernel::source::get(paths)?.tree.display()),
+            Some(KernelSub::Source) => {
+                println!("{}", kernel::source::get(paths, "")?.tree.display())
+            }
             Some(KernelSub::Path { flavor }) => {
                 println!("{}", kernel::ensure(paths, flavor)?.dir.display())
             }

@@ -4,7 +4,7 @@
 //!
 //! Object directories stay, one a flavor and source, so that a changed patch
 //! costs seconds; a flavor without one starts from a copy of its sibling's.
-//! One build at a time: two cores gain nothing from two.
+//! One build a source tree at a time.
 
 use super::{
     config, flavor::Flavor, series, source, source::hex, source::Source, tools::Tools, Built,
@@ -30,7 +30,8 @@ const COMPLETE: &str = ".complete";
 /// A finished kernel for exactly the present inputs, if there is one and
 /// nothing has to be set up to know.
 pub fn quick(paths: &Paths, flavor: Flavor) -> Result<Option<Built>> {
-    let (Some(source), Ok(tools)) = (source::present(paths), Tools::find(paths)) else {
+    let (Some(source), Ok(tools)) = (source::present(paths, flavor.track()), Tools::find(paths))
+    else {
         return Ok(None);
     };
     let hash = input_hash(paths, flavor, &source, &tools)?;
@@ -38,10 +39,13 @@ pub fn quick(paths: &Paths, flavor: Flavor) -> Result<Option<Built>> {
 }
 
 pub fn build(paths: &Paths, flavor: Flavor) -> Result<Built> {
-    let _lock = lock(paths)?;
-    crate::setup::ensure(crate::setup::Need::Kernel)?;
-    let tools = Tools::set_up(paths)?;
-    let source = source::get(paths)?;
+    let tools = {
+        let _lock = lock(paths, "setup")?;
+        crate::setup::ensure(crate::setup::Need::Kernel)?;
+        Tools::set_up(paths)?
+    };
+    let _lock = lock(paths, &format!("build{}", flavor.track()))?;
+    let source = source::get(paths, flavor.track())?;
     let hash = input_hash(paths, flavor, &source, &tools)?;
     if let Some(built) = finished(paths, flavor, &hash) {
         return Ok(built);
@@ -296,8 +300,8 @@ fn nice(c: Command) -> Command {
     n
 }
 
-fn lock(paths: &Paths) -> Result<Flock<File>> {
-    let path = paths.cache.join("build.lock");
+pub fn lock(paths: &Paths, name: &str) -> Result<Flock<File>> {
+    let path = paths.cache.join(format!("{name}.lock"));
     let open = || {
         File::options()
             .create(true)
@@ -308,10 +312,10 @@ fn lock(paths: &Paths) -> Result<Flock<File>> {
     match Flock::lock(open()?, FlockArg::LockExclusiveNonblock) {
         Ok(l) => Ok(l),
         Err(_) => {
-            ui::step("another build is running; waiting for it");
+            ui::step(format!("waiting for another {name} to end"));
             Flock::lock(open()?, FlockArg::LockExclusive)
                 .map_err(|(_, e)| e)
-                .context("build.lock")
+                .with_context(|| path.display().to_string())
         }
     }
 }

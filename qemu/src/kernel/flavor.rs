@@ -66,6 +66,14 @@ impl Flavor {
         }
     }
 
+    /// Which source tree: see [`super::source::get`].
+    pub fn track(self) -> &'static str {
+        match self {
+            Flavor::Debug => "-debug",
+            _ => "",
+        }
+    }
+
     /// Minutes from nothing on two cores, for the message before.
     pub fn minutes(self) -> u32 {
         match self {

@@ -27,27 +27,32 @@ pub struct Source {
     pub home: PathBuf,
 }
 
-/// Unpacked and ready; downloads on first use.
-pub fn get(paths: &Paths) -> Result<Source> {
+/// Unpacked and ready; downloads on first use. Each `track` has a tree of its
+/// own, so that a long build does not keep the short ones waiting.
+pub fn get(paths: &Paths, track: &str) -> Result<Source> {
+    if let Some(source) = present(paths, track) {
+        return Ok(source);
+    }
+    let _lock = super::build::lock(paths, "source")?;
     match std::env::var_os("FUSE_RESTART_LINUX") {
-        Some(user) if !user.is_empty() => from_user(paths, Path::new(&user)),
+        Some(user) if !user.is_empty() => from_user(paths, Path::new(&user), track),
         _ => {
             let deb = match newest_deb(&paths.cache_dir("downloads")?) {
                 Some(deb) => deb,
                 None => download(paths)?,
             };
-            from_deb(paths, &deb)
+            from_deb(paths, &deb, track)
         }
     }
 }
 
 /// Only if nothing has to be fetched or unpacked.
-pub fn present(paths: &Paths) -> Option<Source> {
+pub fn present(paths: &Paths, track: &str) -> Option<Source> {
     match std::env::var_os("FUSE_RESTART_LINUX") {
-        Some(user) if !user.is_empty() => from_user(paths, Path::new(&user)).ok(),
+        Some(user) if !user.is_empty() => from_user(paths, Path::new(&user), track).ok(),
         _ => {
-            let key = deb_version(&newest_deb(&paths.cache.join("downloads"))?)?;
-            unpacked(paths, &key, &key)
+            let id = deb_version(&newest_deb(&paths.cache.join("downloads"))?)?;
+            unpacked(paths, &format!("{id}{track}"), &id)
         }
     }
 }
@@ -161,15 +166,16 @@ fn pick_mirror(targets: &str) -> Option<String> {
         .map(|(u, _)| u.to_string())
 }
 
-fn from_deb(paths: &Paths, deb: &Path) -> Result<Source> {
-    let key =
+fn from_deb(paths: &Paths, deb: &Path, track: &str) -> Result<Source> {
+    let id =
         deb_version(deb).with_context(|| format!("{} is no {PACKAGE} package", deb.display()))?;
-    if let Some(s) = unpacked(paths, &key, &key) {
+    let key = format!("{id}{track}");
+    if let Some(s) = unpacked(paths, &key, &id) {
         return Ok(s);
     }
     ui::step(format!("unpacking {PACKAGE} {key} (about 20 s)"));
     let home = paths.cache_dir("src")?.join(&key);
-    let part = fresh(&home.with_extension("part"))?;
+    let part = fresh(&home.with_file_name(format!("{key}.part")))?;
     let log = paths.cache.join("logs/source.log");
     let deb_out = part.join("deb");
     ui::run_logged(
@@ -189,23 +195,24 @@ fn from_deb(paths: &Paths, deb: &Path) -> Result<Source> {
     )?;
     fs::remove_dir_all(&deb_out)?;
     fs::rename(&part, &home)?;
-    unpacked(paths, &key, &key)
+    unpacked(paths, &key, &id)
         .with_context(|| format!("{} does not contain a kernel tree", deb.display()))
 }
 
-fn from_user(paths: &Paths, user: &Path) -> Result<Source> {
+fn from_user(paths: &Paths, user: &Path, track: &str) -> Result<Source> {
     let meta =
         fs::metadata(user).with_context(|| format!("FUSE_RESTART_LINUX={}", user.display()))?;
     let user = user.canonicalize()?;
     let log = paths.cache.join("logs/source.log");
     if meta.is_file() {
-        let key = format!("tarball-{}", stamp_hash(&user, &meta));
-        if let Some(s) = unpacked(paths, &key, &key) {
+        let id = format!("tarball-{}", stamp_hash(&user, &meta));
+        let key = format!("{id}{track}");
+        if let Some(s) = unpacked(paths, &key, &id) {
             return Ok(s);
         }
         ui::step(format!("unpacking {}", user.display()));
         let home = paths.cache_dir("src")?.join(&key);
-        let part = fresh(&home.with_extension("part"))?;
+        let part = fresh(&home.with_file_name(format!("{key}.part")))?;
         ui::run_logged(
             Command::new("tar")
                 .arg("-xf")
@@ -216,7 +223,7 @@ fn from_user(paths: &Paths, user: &Path) -> Result<Source> {
             "tar -x",
         )?;
         fs::rename(&part, &home)?;
-        return unpacked(paths, &key, &key)
+        return unpacked(paths, &key, &id)
             .with_context(|| format!("{} does not contain a kernel tree", user.display()));
     }
     if !user.join("fs/fuse").is_dir() || !user.join("Kbuild").is_file() {
@@ -230,6 +237,7 @@ fn from_user(paths: &Paths, user: &Path) -> Result<Source> {
         &hex(&Sha256::digest(user.to_string_lossy().as_bytes()))[..12]
     );
     let id = format!("{key}-{}", tree_fingerprint(&user)?);
+    let key = format!("{key}{track}");
     let home = paths.cache_dir("src")?.join(&key);
     let seen = home.join("fingerprint");
     if fs::read_to_string(&seen).unwrap_or_default() != id {

@@ -95,7 +95,7 @@ fn guest(
     kernel: KernelName,
     out: &Path,
 ) -> Result<u8> {
-    let source = kernel::source::get(paths)?;
+    let source = kernel::source::get(paths, "")?;
     let mut argv = vec![program.display().to_string(), "demo".into()];
     if kernel == KernelName::Stock {
         argv.push("--stock".into());

@@ -74,7 +74,7 @@ fn guest(
         "180".into(),
     ]);
     argv.extend(series.then(|| "--require-series".to_string()));
-    let tree = source::get(paths)?.tree;
+    let tree = source::get(paths, "")?.tree;
     let options = vm::Options {
         backend,
         kernel,
