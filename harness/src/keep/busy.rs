@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Who keeps a mount busy.
 //!
-//! Found by mount and device number as `/proc` shows them, never by asking the mounted file system.
+//! Found by the paths that `/proc` shows, never by asking the mounted file system.  Even so it may wait for the server:
+//! reading `/proc/PID/maps` takes a reference on a process's memory, and whoever drops the last one unmaps it, which for
+//! a shared mapping means writing it back.  So this is for a thread that may wait.
 
 use std::fs;
 use std::path::Path;

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::signal::{kill, killpg, Signal};
 use nix::sys::wait::{waitid, waitpid, Id, WaitPidFlag, WaitStatus};
-use nix::unistd::Pid;
+use nix::unistd::{getpgid, Pid};
 
 use super::mount;
 
@@ -70,7 +70,7 @@ impl Remains {
         }
         let _ = killpg(group, Signal::SIGKILL);
         if self.subreaper {
-            for child in children_of(Pid::this()) {
+            for child in processes().filter(is_our_child) {
                 let _ = kill(child, Signal::SIGKILL);
             }
         }
@@ -106,10 +106,10 @@ impl Remains {
     /// Who is left, for a message.
     pub fn left(&self, group: Pid) -> Vec<Pid> {
         let mut pids = self.cgroup.as_ref().map(Cgroup::pids).unwrap_or_default();
-        if self.subreaper {
-            pids.extend(children_of(Pid::this()));
-        }
-        pids.extend(processes().filter(|p| p.group == group).map(|p| p.pid));
+        pids.extend(
+            processes()
+                .filter(|p| getpgid(Some(*p)) == Ok(group) || (self.subreaper && is_our_child(p))),
+        );
         pids.sort();
         pids.dedup();
         pids
@@ -186,54 +186,35 @@ impl Drop for Cgroup {
     }
 }
 
-struct Process {
-    pid: Pid,
-    parent: Pid,
-    group: Pid,
-}
-
-fn children_of(parent: Pid) -> Vec<Pid> {
-    processes()
-        .filter(|p| p.parent == parent)
-        .map(|p| p.pid)
-        .collect()
-}
-
-fn processes() -> impl Iterator<Item = Process> {
+/// Every process that we see.
+///
+/// Of `/proc` the keeper only reads the names of its directories. `stat`, `status`, `maps` and the like take a reference
+/// on a process's memory, and who drops the last one has to unmap it: with a file of our mount mapped, the keeper would
+/// wait for the server that only it can start.
+fn processes() -> impl Iterator<Item = Pid> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|e| {
-        let pid: i32 = e.file_name().to_str()?.parse().ok()?;
-        parse_stat(pid, &fs::read(e.path().join("stat")).ok()?)
-    })
+    entries.filter_map(|e| e.file_name().to_str()?.parse().ok().map(Pid::from_raw))
 }
 
-/// `pid (name) state ppid pgrp ...`, where the name may hold anything, parentheses included.
-fn parse_stat(pid: i32, stat: &[u8]) -> Option<Process> {
-    let after_name = stat.iter().rposition(|b| *b == b')')? + 1;
-    let rest = std::str::from_utf8(&stat[after_name..]).ok()?;
-    let mut fields = rest.split_whitespace().skip(1);
-    let mut next = || fields.next()?.parse().ok().map(Pid::from_raw);
-    Some(Process {
-        pid: Pid::from_raw(pid),
-        parent: next()?,
-        group: next()?,
-    })
+/// A process that we could wait for, dead or alive.
+fn is_our_child(pid: &Pid) -> bool {
+    let peek = WaitPidFlag::WNOHANG | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+    waitid(Id::Pid(*pid), peek).is_ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::Command;
 
     #[test]
-    fn stat_lines() {
-        let p = parse_stat(7, b"7 (a) b) (c) S 1 42 42 0 -1").unwrap();
-        assert_eq!((p.parent, p.group), (Pid::from_raw(1), Pid::from_raw(42)));
-        assert!(parse_stat(7, b"7 (x").is_none());
-        assert!(parse_stat(7, b"7 (x) S").is_none());
-    }
-
-    #[test]
-    fn we_are_a_child_of_our_parent() {
-        assert!(children_of(Pid::parent()).contains(&Pid::this()));
+    fn a_child_is_known_until_it_is_reaped() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = Pid::from_raw(child.id() as i32);
+        assert!(processes().any(|p| p == pid) && is_our_child(&pid));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!is_our_child(&pid));
+        assert!(processes().any(|p| p == Pid::parent()) && !is_our_child(&Pid::parent()));
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Unmounts in a thread of its own: umount2(2) waits for writeback, which waits for a server, which may die
-//! and be started again meanwhile, by the loop that must therefore not wait here.
+//! and be started again meanwhile, by the loop that must therefore not wait here.  Looking for who keeps the mount busy
+//! may wait in the same way (see [`busy`]), so it is done here too.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
@@ -11,6 +12,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::busy::{self, Holder};
 use super::mount;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +30,12 @@ impl How {
     }
 }
 
-type Outcome = (How, nix::Result<()>);
+/// How it ended, and who holds the mount if it is busy.
+pub struct Outcome {
+    pub how: How,
+    pub result: nix::Result<()>,
+    pub holders: Vec<Holder>,
+}
 
 pub struct Unmounter {
     mountpoint: PathBuf,
@@ -71,7 +78,15 @@ impl Unmounter {
                 How::Clean => mount::unmount(&mountpoint),
                 How::Lazily => mount::unmount_lazily(&mountpoint),
             };
-            let _ = sender.send((how, result));
+            let holders = match result {
+                Err(Errno::EBUSY) => busy::holders(&mountpoint),
+                _ => Vec::new(),
+            };
+            let _ = sender.send(Outcome {
+                how,
+                result,
+                holders,
+            });
             let _ = done.write(1);
         });
     }
@@ -87,10 +102,10 @@ impl Unmounter {
 
     pub fn finished(&mut self) -> Option<Outcome> {
         let _ = self.done.read();
-        let result = self.results.try_recv().ok()?;
+        let outcome = self.results.try_recv().ok()?;
         self.running = false;
-        self.busy = result.1 == Err(Errno::EBUSY);
-        Some(result)
+        self.busy = outcome.result == Err(Errno::EBUSY);
+        Some(outcome)
     }
 }
 

@@ -8,8 +8,8 @@ use nix::errno::Errno;
 use tracing::{error, info, warn};
 
 use super::super::events::Event;
-use super::super::unmounter::How;
-use super::super::{busy, mount};
+use super::super::mount;
+use super::super::unmounter::{How, Outcome};
 use super::{describe, Dead, End, Phase, Supervisor, KILL_AGAIN};
 use crate::fusectl;
 
@@ -67,9 +67,9 @@ impl Supervisor {
     }
 
     /// The unmounter has come to an end.
-    pub(super) fn on_unmounted(&mut self, how: How, result: nix::Result<()>) {
-        match result {
-            Ok(()) => self.unmounted(how.name()),
+    pub(super) fn on_unmounted(&mut self, outcome: Outcome) {
+        match outcome.result {
+            Ok(()) => self.unmounted(outcome.how.name()),
             // Somebody else was faster.
             Err(Errno::EINVAL | Errno::ENOENT)
                 if !mount::still_mounted(&self.mountpoint, self.connection) =>
@@ -77,7 +77,7 @@ impl Supervisor {
                 self.unmounted("from outside")
             }
             Err(Errno::EBUSY) => {
-                let holders = busy::holders(&self.mountpoint);
+                let holders = outcome.holders;
                 let list: Vec<_> = holders
                     .iter()
                     .map(|h| format!("{} ({}: {})", h.pid, h.name, h.how))

@@ -195,8 +195,8 @@ impl Supervisor {
                 return Ok(Some(end));
             }
         }
-        if let Some((how, result)) = self.unmounter.finished() {
-            self.on_unmounted(how, result);
+        if let Some(outcome) = self.unmounter.finished() {
+            self.on_unmounted(outcome);
         }
         self.on_time()
     }
