@@ -147,21 +147,18 @@ fn timespec(time: Option<TimeOrNow>) -> libc::timespec {
     }
 }
 
-/// Seconds round down, also before 1970: the nanoseconds are never negative.
+/// What the kernel said before fuser made a `SystemTime` of it.
+///
+/// Before 1970 the kernel's seconds round down and its nanoseconds count up from there; fuser 0.18
+/// subtracts both from 1970. Taking them apart in the same wrong way gives back what was sent.
 fn at(time: SystemTime) -> libc::timespec {
-    let (sec, nsec) = match time.duration_since(UNIX_EPOCH) {
-        Ok(after) => (after.as_secs() as i64, i64::from(after.subsec_nanos())),
-        Err(e) => {
-            let before = e.duration();
-            match i64::from(before.subsec_nanos()) {
-                0 => (-(before.as_secs() as i64), 0),
-                nsec => (-(before.as_secs() as i64) - 1, 1_000_000_000 - nsec),
-            }
-        }
+    let (sign, distance) = match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => (1, after),
+        Err(e) => (-1, e.duration()),
     };
     libc::timespec {
-        tv_sec: sec,
-        tv_nsec: nsec,
+        tv_sec: sign * distance.as_secs() as i64,
+        tv_nsec: i64::from(distance.subsec_nanos()),
     }
 }
 
@@ -172,14 +169,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_before_1970_keep_positive_nanoseconds() {
+    fn times_before_1970_are_what_the_kernel_sent() {
         let pair = |t: libc::timespec| (t.tv_sec, t.tv_nsec);
         assert_eq!(pair(at(UNIX_EPOCH + Duration::new(5, 7))), (5, 7));
+        // As fuser says -5 seconds and 7 nanoseconds.
+        assert_eq!(pair(at(UNIX_EPOCH - Duration::new(5, 7))), (-5, 7));
         assert_eq!(pair(at(UNIX_EPOCH - Duration::new(5, 0))), (-5, 0));
-        assert_eq!(
-            pair(at(UNIX_EPOCH - Duration::new(5, 1))),
-            (-6, 999_999_999)
-        );
     }
 
     #[test]

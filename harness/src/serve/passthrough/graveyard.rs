@@ -54,6 +54,7 @@ impl Graveyard {
                 Some(nodeid) => {
                     inside.insert(nodeid);
                 }
+                None if entry.is_dot() => {}
                 None => tracing::warn!(
                     "{shown} holds {:?}, which this server did not put there; leaving it alone",
                     OsStr::new(entry.name())

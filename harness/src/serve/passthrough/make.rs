@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use nix::errno::Errno;
 use rust_fuse_notify::std::state::{HandleKind, Slot};
 
+use super::crash;
 use super::creds::Caller;
 use super::intent::{Intent, Place};
 use super::nodes::Entry;
@@ -162,6 +163,7 @@ impl Server {
             Some(fh) => Ok(fh),
             None => self.new_handle(unique, entry.nodeid, flags, HandleKind::File, fd),
         };
+        crash::point("after the handle");
         match fh {
             Ok(fh) => Ok(Created { entry, fh }),
             Err(e) => {

@@ -9,6 +9,9 @@
 
 mod attr;
 mod backing;
+mod crash;
+#[cfg(test)]
+mod crash_tests;
 mod creds;
 mod dents;
 mod fdcache;
@@ -22,6 +25,7 @@ mod open;
 mod recover;
 mod remove;
 mod server;
+mod stop;
 mod sys;
 mod wire;
 
@@ -102,6 +106,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         .with_context(|| format!("cannot serve {shown}"))?;
     let first = state.nodes().is_empty();
 
+    stop::on_term(wire::duplicate(inherited.device.as_fd())?)?;
     let device = Device::new(wire::duplicate(inherited.device.as_fd())?, args.clone_fd);
     let state = Arc::new(state);
     let opts = Options {

@@ -102,7 +102,7 @@ impl Server {
 
     fn describe(&self, handle: &Handle, st: &libc::stat) -> NewNode {
         NewNode {
-            handle: handle.0.clone(),
+            handle: handle.0,
             domain: self.backing.dev,
             generation: handle.generation(),
             ino: st.st_ino,

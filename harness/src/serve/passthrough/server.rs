@@ -10,6 +10,7 @@ use rust_fuse_notify::std::state::{HandleKind, NewHandle, Recorded, Slot, State,
 use rust_fuse_notify::std::wire::FUSE_UNIQUE_RESEND;
 
 use super::backing::Backing;
+use super::crash;
 use super::fdcache::FdCache;
 use super::graveyard::Graveyard;
 use super::handle::Handle;
@@ -74,11 +75,14 @@ impl Server {
                 tracing::error!("cannot enter request {unique:#x} in the journal: {e}");
                 Errno::EIO
             })?;
+        crash::point("after the intent");
         match change() {
             Ok(value) => {
+                crash::point("after the change");
                 if let Err(e) = slot.outcome(&Ok(Success::default())) {
                     tracing::error!("cannot enter the outcome of request {unique:#x}: {e}");
                 }
+                crash::point("after the outcome");
                 Ok((value, slot))
             }
             Err(e) => {

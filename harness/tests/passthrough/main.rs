@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: GPL-2.0
+//! `fuse-restart serve passthrough` under `fuse-restart keep`, on the running kernel.
+//!
+//! [`ops`]: every operation does through the mount what it does on the backing. [`identity`]: who
+//! owns what is made, what is refused. [`crash`]: the server is killed, nobody notices.
+//! [`refusals`]: what it says when it cannot serve.
+
+mod calls;
+mod crash;
+mod identity;
+mod ops;
+mod ops_attributes;
+mod ops_data;
+mod ops_names;
+mod refusals;
+mod served;
+mod snapshot;

@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A passthrough mount under test, taken down again whatever the test did.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::mount::{umount2, MntFlags};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+pub const BINARY: &str = env!("CARGO_BIN_EXE_fuse-restart");
+
+/// What the backing directory is on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    Tmpfs,
+    Ext4,
+}
+
+pub const KINDS: [Kind; 2] = [Kind::Tmpfs, Kind::Ext4];
+
+/// Why a test cannot run here, if it cannot.
+fn missing(kind: Kind) -> Option<String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("needs root".into());
+    }
+    let device = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse");
+    if let Err(e) = device {
+        return Some(format!("needs /dev/fuse: {e}"));
+    }
+    if kind == Kind::Ext4 {
+        let mkfs = Command::new("mkfs.ext4").arg("-V").output();
+        if !mkfs.is_ok_and(|out| out.status.success()) {
+            return Some("needs mkfs.ext4".into());
+        }
+        if !Path::new("/dev/loop-control").exists() {
+            return Some("needs loop devices".into());
+        }
+    }
+    None
+}
+
+/// Waits for a condition; the time limit only ends a test that has failed.
+pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        let waited = start.elapsed();
+        assert!(
+            waited < Duration::from_secs(60),
+            "waited {waited:?} in vain for {what}"
+        );
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+pub fn run(program: &str, args: &[&std::ffi::OsStr]) {
+    let out = Command::new(program).args(args).output().expect(program);
+    assert!(
+        out.status.success(),
+        "{program} {args:?}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
+/// A scratch file system.
+pub struct Scratch {
+    dir: tempfile::TempDir,
+}
+
+impl Scratch {
+    pub fn new(kind: Kind) -> Scratch {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("back");
+        fs::create_dir(&at).unwrap();
+        match kind {
+            Kind::Tmpfs => run(
+                "mount",
+                &["-t", "tmpfs", "none"]
+                    .map(AsRef::as_ref)
+                    .into_iter()
+                    .chain([at.as_ref()])
+                    .collect::<Vec<_>>(),
+            ),
+            Kind::Ext4 => {
+                let image = dir.path().join("image");
+                fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+                run("mkfs.ext4", &["-q".as_ref(), "-F".as_ref(), image.as_ref()]);
+                run(
+                    "mount",
+                    &["-o".as_ref(), "loop".as_ref(), image.as_ref(), at.as_ref()],
+                );
+            }
+        }
+        Scratch { dir }
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("back")
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = umount2(&self.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// A backing directory, served at a mountpoint.
+pub struct Served {
+    keeper: Child,
+    dir: tempfile::TempDir,
+    scratch: Scratch,
+}
+
+impl Served {
+    /// `None`: it cannot run here, and that was said.
+    pub fn start(kind: Kind, options: &[&str]) -> Option<Served> {
+        if let Some(why) = missing(kind) {
+            eprintln!("SKIPPED ({kind:?}): {why}");
+            return None;
+        }
+        Some(Served::on(Scratch::new(kind), options))
+    }
+
+    /// The same with a server that may have `nofile` descriptors open at a time.
+    pub fn start_limited(kind: Kind, options: &[&str], nofile: u32) -> Option<Served> {
+        if let Some(why) = missing(kind) {
+            eprintln!("SKIPPED ({kind:?}): {why}");
+            return None;
+        }
+        let limit = format!(r#"ulimit -n {nofile} && exec "$@""#);
+        Some(Served::with(
+            Scratch::new(kind),
+            &["sh", "-c", &limit, "sh"],
+            options,
+        ))
+    }
+
+    pub fn on(scratch: Scratch, options: &[&str]) -> Served {
+        Served::with(scratch, &[], options)
+    }
+
+    fn with(scratch: Scratch, wrapper: &[&str], options: &[&str]) -> Served {
+        let dir = tempfile::tempdir().unwrap();
+        let mnt = dir.path().join("mnt");
+        fs::create_dir(&mnt).unwrap();
+        let stderr = fs::File::create(dir.path().join("stderr")).unwrap();
+        let keeper = Command::new(BINARY)
+            .args(["keep", "--allow-other", "--max-restarts", "1000"])
+            // An instance that was killed by the test did not fail: no back-off.
+            .args(["--stable-after", "1", "--mountpoint"])
+            .arg(&mnt)
+            .arg("--json")
+            .arg(dir.path().join("events"))
+            .arg("--")
+            .args(wrapper)
+            .args([BINARY, "serve", "passthrough"])
+            .args(options)
+            .arg(scratch.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
+        let mut served = Served {
+            keeper,
+            dir,
+            scratch,
+        };
+        wait_for("the mount", || {
+            if let Some(status) = served.keeper.try_wait().unwrap() {
+                panic!("the keeper ended ({status}):\n{}", served.stderr());
+            }
+            assert!(
+                served.starts() < 10,
+                "it dies at once:\n{}",
+                served.stderr()
+            );
+            let mounted = fs::metadata(served.dir.path().join("mnt")).ok()?;
+            let below = fs::metadata(served.dir.path()).ok()?;
+            use std::os::unix::fs::MetadataExt;
+            (mounted.dev() != below.dev()).then_some(())
+        });
+        served
+    }
+
+    /// The mountpoint.
+    pub fn mnt(&self) -> PathBuf {
+        self.dir.path().join("mnt")
+    }
+
+    /// The same directory, past the server.
+    pub fn back(&self) -> PathBuf {
+        self.scratch.path()
+    }
+
+    pub fn stderr(&self) -> String {
+        fs::read_to_string(self.dir.path().join("stderr")).unwrap_or_default()
+    }
+
+    fn events(&self, name: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.dir.path().join("events")).unwrap_or_default();
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let events = whole
+            .lines()
+            .map(|l| serde_json::from_str::<Value>(l).unwrap());
+        events.filter(|e| e["event"] == name).collect()
+    }
+
+    pub fn starts(&self) -> usize {
+        self.events("started").len()
+    }
+
+    pub fn server_pid(&self) -> Pid {
+        let started = self.events("started");
+        Pid::from_raw(started.last().expect("started")["pid"].as_i64().unwrap() as i32)
+    }
+
+    /// Kills the server and waits until its successor was started.
+    pub fn crash(&self) {
+        let starts = self.starts();
+        kill(self.server_pid(), Signal::SIGKILL).unwrap();
+        wait_for("the next instance", || {
+            (self.starts() > starts).then_some(())
+        });
+    }
+
+    /// Kills the server and waits until its successor answers.
+    pub fn crash_and_wait(&self) {
+        self.crash();
+        fs::metadata(self.mnt()).expect("the next instance answers");
+    }
+
+    /// Stops the keeper in the regular way and gives the backing back.
+    pub fn unmount(mut self) -> Scratch {
+        kill(Pid::from_raw(self.keeper.id() as i32), Signal::SIGTERM).unwrap();
+        let status = self.keeper.wait().unwrap();
+        assert!(status.success(), "{status}:\n{}", self.stderr());
+        // Drop only has the scratch file system left to take down.
+        let empty = Scratch {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        std::mem::replace(&mut self.scratch, empty)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = kill(Pid::from_raw(self.keeper.id() as i32), Signal::SIGKILL);
+        let _ = self.keeper.wait();
+        if let Some(started) = self.events("started").last() {
+            // Its own child, by the pid it reported; it may be gone already.
+            let _ = kill(
+                Pid::from_raw(started["pid"].as_i64().unwrap() as i32),
+                Signal::SIGKILL,
+            );
+        }
+        let _ = umount2(&self.mnt(), MntFlags::MNT_DETACH);
+        if std::thread::panicking() {
+            eprintln!("--- keeper and server said:\n{}", self.stderr());
+        }
+    }
+}
