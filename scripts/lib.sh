@@ -6,7 +6,7 @@ FUSE_RESTART_ARGV0=scripts/$(basename "$0")
 export FUSE_RESTART_REPO FUSE_RESTART_ARGV0
 
 if ! command -v cargo >/dev/null; then
-	echo "$FUSE_RESTART_ARGV0: no cargo in PATH: install Rust first (https://rustup.rs)" >&2
+	echo "$FUSE_RESTART_ARGV0: no cargo in PATH: install Rust first" >&2
 	exit 125
 fi
 
