@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The Rust files inside the patches are generated from `rust-fuse-notify/`:
-//! one source of truth. This compares them, and writes them anew.
+//! The Rust files inside the patches are generated from `rust-fuse-notify/`, and
+//! the kernel's documentation from ours: one source of truth. This compares them, and writes them anew.
 //!
 //! Each of these files is created whole by one patch, so its content stands in
 //! that patch, behind plus signs.
@@ -14,6 +14,12 @@ use std::process::{Command, Stdio};
 
 /// Where the files go in the kernel's tree.
 const DIR: &str = "fs/fuse/restart/";
+
+/// So does the documentation: there, and here.
+const DOC: (&str, &str) = (
+    "Documentation/filesystems/fuse/fuse-restart.rst",
+    "Documentation/fuse-restart.rst",
+);
 
 /// What differs, a line each; empty if nothing does.
 pub fn check(repo: &Path, patches: &Path) -> Result<Vec<String>> {
@@ -76,7 +82,7 @@ fn read(path: &Path) -> Result<String> {
 /// Path in the kernel's tree to path here.
 fn sources(repo: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let krate = repo.join("rust-fuse-notify");
-    let mut all = BTreeMap::new();
+    let mut all = BTreeMap::from([(DOC.0.to_string(), repo.join(DOC.1))]);
     for (from, to) in [("kernel", ""), ("src/proto", "proto/")] {
         let dir = krate.join(from);
         for entry in fs::read_dir(&dir).with_context(|| dir.display().to_string())? {
@@ -104,7 +110,7 @@ impl Created<'_> {
     }
 }
 
-/// The Rust files of ours that the patch creates.
+/// The files of ours that the patch creates.
 fn created(patch: &str) -> Vec<(&str, Created<'_>)> {
     let mut starts: Vec<usize> = patch
         .match_indices("\ndiff --git ")
@@ -118,7 +124,8 @@ fn created(patch: &str) -> Vec<(&str, Created<'_>)> {
         let Some((_, path)) = first.split_once(" b/") else {
             continue;
         };
-        if path.starts_with(DIR) && path.ends_with(".rs") && section.contains("\nnew file mode ") {
+        let ours = path == DOC.0 || (path.starts_with(DIR) && path.ends_with(".rs"));
+        if ours && section.contains("\nnew file mode ") {
             found.push((path, Created { section }));
         }
     }
@@ -182,6 +189,7 @@ mod tests {
         let repo = dir.path().to_path_buf();
         let patches = repo.join("patches");
         for d in [
+            "Documentation",
             "rust-fuse-notify/kernel",
             "rust-fuse-notify/src/proto",
             "patches",
@@ -190,9 +198,11 @@ mod tests {
         }
         fs::write(repo.join("rust-fuse-notify/kernel/a.rs"), "one\n+two\n\n").unwrap();
         fs::write(repo.join("rust-fuse-notify/src/proto/b.rs"), "b\n").unwrap();
+        fs::write(repo.join(DOC.1), "doc\n").unwrap();
         let mut patch = String::from("From 0\nSubject: x\n\n---\n old | 1 +\n\n");
         patch += &section("fs/fuse/restart/a.rs", "one\n+two\n\n").unwrap();
         patch += &section("fs/fuse/restart/proto/b.rs", "b\n").unwrap();
+        patch += &section(DOC.0, "doc\n").unwrap();
         fs::write(patches.join("0001-x.patch"), patch).unwrap();
         (dir, repo, patches)
     }
@@ -217,7 +227,7 @@ mod tests {
         assert_eq!(check(&repo, &patches).unwrap(), Vec::<String>::new());
         let patch = fs::read_to_string(patches.join("0001-x.patch")).unwrap();
         assert!(
-            patch.contains("2 files changed") && !patch.contains("old | 1"),
+            patch.contains("3 files changed") && !patch.contains("old | 1"),
             "{patch}"
         );
     }
