@@ -64,7 +64,7 @@ pub struct VmArgs {
     /// Processors [default: 2; with --icount: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
     cpus: Option<u32>,
-    /// Kill the guest after this many seconds, building not counted
+    /// Kill the guest when COMMAND has run for this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     timeout: u64,
     /// Let virtual time follow the number of instructions executed (one
@@ -160,6 +160,7 @@ impl VmArgs {
             mem: self.mem,
             cpus: self.cpus,
             timeout: Duration::from_secs(self.timeout),
+            boot_timeout: vm::BOOT_TIMEOUT,
             icount: self.icount,
             out: self.out,
             log: self.log,

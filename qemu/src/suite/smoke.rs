@@ -48,7 +48,7 @@ pub fn run(paths: &Paths, tally: &mut Tally, debug_kernel: bool) {
             || {
                 let o = vm(
                     paths,
-                    &[g, &["--timeout", "15"]].concat(),
+                    &[g, &["--timeout", "5"]].concat(),
                     "echo before; exec sleep 1000",
                 )?;
                 ensure!(

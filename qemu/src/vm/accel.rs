@@ -43,6 +43,7 @@ pub fn kvm_boots(paths: &Paths, kernel: &Built) -> Result<bool> {
         backend: BackendName::Qemu,
         mem: Some(512),
         timeout: LIMIT,
+        boot_timeout: LIMIT,
         kmemleak: false,
         quiet: true,
         argv: vec!["/bin/true".into()],

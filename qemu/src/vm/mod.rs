@@ -24,6 +24,9 @@ pub const EXIT_TIMEOUT: u8 = 124;
 /// The guest could not be started or vanished.
 pub const EXIT_RUNNER: u8 = 125;
 
+/// Seconds on an idle machine; emulated on a busy one it can be a minute.
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(240);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum BackendName {
     /// User-mode Linux: boots in a second; patched and stock only.
@@ -52,7 +55,10 @@ pub struct Options {
     pub kernel: KernelName,
     pub mem: Option<u32>,
     pub cpus: Option<u32>,
+    /// For the command, from its start.
     pub timeout: Duration,
+    /// For the guest, until the command starts.
+    pub boot_timeout: Duration,
     pub icount: bool,
     pub out: Option<PathBuf>,
     pub log: Option<PathBuf>,
@@ -71,6 +77,7 @@ impl Default for Options {
             mem: None,
             cpus: None,
             timeout: Duration::from_secs(600),
+            boot_timeout: BOOT_TIMEOUT,
             icount: false,
             out: None,
             log: None,

@@ -38,6 +38,8 @@ pub enum End {
     /// The guest's process ended before the command's status came.
     Vanished(String),
     TimeLimit,
+    /// It did not even come to the command.
+    NoBoot,
     Signal(i32),
 }
 
@@ -57,6 +59,7 @@ impl Outcome {
             End::Status(s) => s.code.clamp(0, 255) as u8,
             End::Vanished(_) => EXIT_RUNNER,
             End::TimeLimit => EXIT_TIMEOUT,
+            End::NoBoot => EXIT_RUNNER,
             End::Signal(s) => 128u8.saturating_add(*s as u8),
         }
     }
@@ -89,6 +92,11 @@ pub fn run(paths: &Paths, opts: &Options, backend: &dyn Backend, kernel: &Built)
         End::TimeLimit => eprintln!(
             "vm: time limit of {} reached (--timeout); the guest was killed. The end of its log:\n{}",
             ui::clock(opts.timeout),
+            outcome.log_tail
+        ),
+        End::NoBoot => eprintln!(
+            "vm: the guest was not up after {}, and was killed. The end of its log:\n{}",
+            ui::clock(opts.boot_timeout),
             outcome.log_tail
         ),
         End::Signal(s) => eprintln!("vm: signal {s}: the guest was killed"),
@@ -165,8 +173,9 @@ pub fn boot(
         decoder: Decoder::default(),
         out: Sink::new(opts.out.as_deref()),
         reports: vec![],
+        ready: false,
     };
-    let end = line.follow(&mut child.0, opts.timeout)?;
+    let end = line.follow(&mut child.0, opts)?;
     if matches!(end, End::Status(_)) {
         child.wait_for(POWER_OFF);
     }
@@ -231,19 +240,29 @@ struct Line {
     decoder: Decoder,
     out: Sink,
     reports: Vec<String>,
+    ready: bool,
 }
 
 impl Line {
-    fn follow(&mut self, child: &mut Child, limit: Duration) -> Result<End> {
-        let deadline = Instant::now() + limit;
+    fn follow(&mut self, child: &mut Child, opts: &Options) -> Result<End> {
+        let mut deadline = Instant::now() + opts.boot_timeout;
+        let mut was_ready = false;
         let mut exited = None;
         loop {
             let sig = SIGNAL.load(Ordering::SeqCst);
             if sig != 0 {
                 return Ok(End::Signal(sig));
             }
+            if self.ready && !was_ready {
+                was_ready = true;
+                deadline = Instant::now() + opts.timeout;
+            }
             if Instant::now() >= deadline {
-                return Ok(End::TimeLimit);
+                return Ok(if was_ready {
+                    End::TimeLimit
+                } else {
+                    End::NoBoot
+                });
             }
             let readable = {
                 let mut fds = [PollFd::new(self.file.as_fd(), PollFlags::POLLIN)];
@@ -282,7 +301,7 @@ impl Line {
     fn frames(&mut self) -> Result<Option<Status>, String> {
         while let Some((kind, payload)) = self.decoder.next()? {
             match kind {
-                Kind::Ready => {}
+                Kind::Ready => self.ready = true,
                 Kind::Stdout => pass(&mut std::io::stdout(), &payload),
                 Kind::Stderr => pass(&mut std::io::stderr(), &payload),
                 Kind::Out => self.out.push(&payload),

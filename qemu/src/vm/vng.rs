@@ -77,7 +77,7 @@ impl Backend for Vng {
             .args([
                 "--append",
                 &format!(
-                    "loglevel=7 panic=-1 {JOB_KEY}={}",
+                    "no_timer_check loglevel=7 panic=-1 {JOB_KEY}={}",
                     g.run_dir.join("job.json").display()
                 ),
             ]);
