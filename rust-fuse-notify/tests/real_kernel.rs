@@ -20,9 +20,11 @@ use fuser::{
     SessionACL,
 };
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use rust_fuse_notify::std::adopt::{Adopt, Recover, ServerError};
 use rust_fuse_notify::std::listen;
 use rust_fuse_notify::std::message::{Replay, Report};
+use rust_fuse_notify::std::notify::{Notifier, NotifyError, Support};
 use rust_fuse_notify::std::state::{Config, FileHandle, Keep, NewNode, NodeFlags, State};
 use rust_fuse_notify::std::wire::{is_resent, Attr, Identity, FUSE_RESTARTABLE};
 
@@ -79,9 +81,7 @@ fn attr(node: &NewNode) -> fuser::FileAttr {
 
 impl fuser::Filesystem for Letters {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        if std::env::var_os("DIE_IN_INIT").is_some() {
-            nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL)?;
-        }
+        die_if("DIE_IN_INIT", 1);
         // Refused by kernels without the series.
         let _ = config.add_capabilities(InitFlags::from_bits_retain(FUSE_RESTARTABLE));
         Ok(())
@@ -147,7 +147,15 @@ impl fuser::Filesystem for Letters {
     }
 }
 
-struct Recovery;
+/// Counts its replays.
+struct Recovery(u32);
+
+/// The n-th time that it is called, if the variable says n.
+fn die_if(variable: &str, nth: u32) {
+    if std::env::var(variable).is_ok_and(|at| at == nth.to_string()) {
+        nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL).expect("kill");
+    }
+}
 
 impl Recover for Recovery {
     fn identity(&self) -> Identity {
@@ -157,6 +165,8 @@ impl Recover for Recovery {
         Ok(())
     }
     fn replay(&mut self, state: &State, replay: &Replay) -> Result<Attr, i32> {
+        self.0 += 1;
+        die_if("DIE_AT_REPLAY", self.0);
         let node = state.nodes().get(replay.nodeid).ok_or(libc::ESTALE)?;
         state.nodes().confirm(replay.nodeid, replay.nlookup);
         let ino = if replay.nodeid == 1 { 1 } else { replay.nodeid };
@@ -169,6 +179,7 @@ impl Recover for Recovery {
         })
     }
     fn finish(&mut self, state: &State, report: Option<&Report>) -> Result<(), ServerError> {
+        die_if("DIE_IN_FINISH", 1);
         if let Some(report) = report {
             state.settle(report, |_| Keep::Drop);
         }
@@ -194,7 +205,7 @@ fn instance() {
     config.n_threads = Some(3);
     let letters = Letters(state.clone());
     let adopted = Adopt::new(inherited.device, state)
-        .run(&mut Recovery, |fd| {
+        .run(&mut Recovery(0), |fd| {
             Session::from_fd(letters, fd, SessionACL::All, config)
         })
         .expect("adoption");
@@ -256,6 +267,17 @@ fn fresh_mount(name: &str) -> Result<Mounted, String> {
     Ok(Mounted { device, state, dir })
 }
 
+fn pidfd(pid: u32) -> OwnedFd {
+    // SAFETY: no memory is passed.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = i32::try_from(fd)
+        .ok()
+        .filter(|fd| *fd >= 0)
+        .expect("pidfd_open");
+    // SAFETY: just made, nobody else has it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
 struct Instance(Child, BufReader<ChildStdout>);
 
 impl Instance {
@@ -272,6 +294,20 @@ impl Instance {
             "the instance ended without saying {word}: {:?}",
             self.0.wait()
         );
+    }
+
+    /// Waits until it has killed itself.
+    fn dies(&mut self) {
+        let pidfd = pidfd(self.0.id());
+        let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(LONG).expect("short enough");
+        if nix::poll::poll(&mut fds, timeout) == Ok(0) {
+            self.kill();
+            let mut output = String::new();
+            let _ = self.1.read_to_string(&mut output);
+            panic!("the instance did not come to where it dies: {output}");
+        }
+        assert_eq!(self.0.wait().expect("wait").signal(), Some(libc::SIGKILL));
     }
 
     fn kill(&mut self) {
@@ -397,11 +433,116 @@ fn a_killed_server_comes_back() {
 #[test]
 fn init_that_a_dead_server_had_read_is_answered_by_the_next() {
     let mounted = mounted_or_skip!("restart-init");
-    let mut first = mounted.start(&[("DIE_IN_INIT", "1")]);
-    assert_eq!(first.0.wait().expect("wait").signal(), Some(libc::SIGKILL));
+    mounted.start(&[("DIE_IN_INIT", "1")]).dies();
     let stage = State::peek(mounted.state.as_fd()).expect("peek");
     assert_eq!(stage, rust_fuse_notify::std::state::Stage::BeforeInit);
     let mut second = mounted.start(&[]);
     assert!(second.wait_for("HOW ").starts_with("HOW First"));
     assert_eq!(mounted.read("a"), CONTENT);
+}
+
+/// Dies in each phase of its recovery, one instance after the other; the last one lives.
+#[test]
+fn killed_while_it_recovers() {
+    let mounted = mounted_or_skip!("restart-again");
+    let mut first = mounted.start(&[]);
+    if !first.wait_for("HOW ").contains("First(Granted)") {
+        eprintln!("SKIPPED: this kernel does not recover");
+        return;
+    }
+    // The instances that are started below close their copies of the open files at exec, and would wait there for
+    // an answer to FLUSH that only they could give. The first FLUSH tells the kernel that this server wants none.
+    assert_eq!(mounted.read("a"), CONTENT);
+    let mut open = Vec::new();
+    for name in ["a", "b", "c", "d", "e", "f", "g"] {
+        let file = mounted.app(move |dir| File::open(dir.join(name)));
+        open.push(file.recv_timeout(LONG).expect("open hangs").expect("open"));
+    }
+    first.kill();
+    let deaths = [
+        ("DIE_AT_REPLAY", "1"),
+        ("DIE_AT_REPLAY", "2"),
+        ("DIE_AT_REPLAY", "8"),
+        ("DIE_IN_FINISH", "1"),
+        ("DIE_IN_INIT", "1"),
+    ];
+    for death in deaths {
+        eprintln!("{death:?}");
+        mounted.start(&[death]).dies();
+        // A keeper that says so at once must not disturb the server's own.
+        let notifier = Notifier::new(mounted.device.as_fd());
+        notifier
+            .restarted(Notifier::cookie(), Identity::UNSAID)
+            .expect("RESTARTED by the keeper");
+    }
+    let mut last = mounted.start(&[]);
+    let how = last.wait_for("HOW ");
+    assert!(
+        how.contains("replayed: 8, confirmed: 8, revoked: 0"),
+        "{how}"
+    );
+    let epoch = 1 + 2 * deaths.len();
+    assert!(how.contains(&format!("epoch: {epoch},")), "{how}");
+    for mut file in open {
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut content = Vec::new();
+            sender.send(file.read_to_end(&mut content).map(|_| content))
+        });
+        assert_eq!(
+            receiver
+                .recv_timeout(LONG)
+                .expect("an old descriptor hangs")
+                .expect("read"),
+            CONTENT
+        );
+    }
+}
+
+/// The errors of the design, each on a real connection, and that it goes on after them.
+#[test]
+fn notifications_that_are_refused() {
+    let mounted = mounted_or_skip!("restart-refused");
+    let notifier = Notifier::new(mounted.device.as_fd());
+    let wrong = Identity([1, 2]);
+    // Before INIT.
+    assert_eq!(notifier.probe().expect("probe"), Support::OldKernel);
+    let before = notifier.initialized().expect("NOTIFY_POLL");
+    let mut first = mounted.start(&[]);
+    let granted = first.wait_for("HOW ").contains("First(Granted)");
+    assert!(notifier.initialized().expect("NOTIFY_POLL"));
+    if granted {
+        assert!(!before, "6.18 says yes before INIT, but 7.3 must not");
+        assert_eq!(notifier.probe().expect("probe"), Support::Granted);
+        let error = notifier
+            .restarted(Notifier::cookie(), wrong)
+            .expect_err("wrong identity");
+        assert!(matches!(error, NotifyError::WrongIdentity(_)), "{error}");
+        let error = notifier
+            .commit(Notifier::cookie(), 1, IDENTITY)
+            .expect_err("nothing to commit");
+        assert!(
+            matches!(error, NotifyError::WrongEpoch { epoch: 1 }),
+            "{error}"
+        );
+    } else {
+        assert_eq!(notifier.probe().expect("probe"), Support::OldKernel);
+        let error = notifier
+            .restarted(Notifier::cookie(), wrong)
+            .expect_err("old kernel");
+        assert!(matches!(error, NotifyError::NotUnderstood), "{error}");
+    }
+    assert_eq!(mounted.read("a"), CONTENT);
+    if granted {
+        first.kill();
+        notifier
+            .restarted(Notifier::cookie(), Identity::UNSAID)
+            .expect("RESTARTED by the keeper");
+        assert!(matches!(notifier.resend(), Err(NotifyError::Recovering)));
+        let mut second = mounted.start(&[]);
+        assert!(second.wait_for("HOW ").contains("confirmed: 2, revoked: 0"));
+        assert_eq!(mounted.read("a"), CONTENT);
+    }
+    umount2(&mounted.dir, MntFlags::MNT_DETACH).expect("unmount");
+    assert_eq!(notifier.probe().expect("probe"), Support::OldKernel);
 }

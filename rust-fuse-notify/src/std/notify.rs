@@ -166,7 +166,7 @@ impl<'fd> Notifier<'fd> {
 
     /// Whether INIT was answered on this connection, found by a notification that wakes nobody.
     ///
-    /// Kernels before 6.18 accept notifications earlier than that, so `true` is sure only on newer ones.
+    /// Linux 6.18 and older accept notifications earlier than that, so `true` is sure only on newer ones (7.3 is).
     ///
     /// # Errors
     /// [`NotifyError::Gone`], [`NotifyError::Io`].

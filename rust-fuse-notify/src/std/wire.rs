@@ -24,6 +24,12 @@ pub const FUSE_NOTIFY_RESTARTED: i32 = proto::wire::NOTIFY_RESTARTED;
 
 /// `fuse_init_in.flags`: `flags2` is valid.
 pub const FUSE_INIT_EXT: u64 = 1 << 30;
+/// INIT flag: `fcntl` locks are the server's business.
+pub const FUSE_POSIX_LOCKS: u64 = 1 << 1;
+/// INIT flag: OPEN truncates.
+pub const FUSE_ATOMIC_O_TRUNC: u64 = 1 << 3;
+/// INIT flag: `flock` locks are the server's business.
+pub const FUSE_FLOCK_LOCKS: u64 = 1 << 10;
 /// INIT flag: the kernel can resend.
 pub const FUSE_HAS_RESEND: u64 = 1 << 39;
 /// INIT flag: the kernel offers, the server signs, the contract of restartable servers.

@@ -42,7 +42,7 @@ use super::device;
 use super::message::{Replay, Report};
 use super::notify::{Notifier, NotifyError, Support};
 use super::state::State;
-use super::wire::{Attr, Identity};
+use super::wire::{Attr, Identity, FUSE_ATOMIC_O_TRUNC, FUSE_FLOCK_LOCKS, FUSE_POSIX_LOCKS};
 
 /// An error of the server's own.
 pub type ServerError = Box<dyn std::error::Error + Send + Sync>;
@@ -294,7 +294,7 @@ impl Adopt {
     fn support(&self) -> Result<Support, AdoptError> {
         let support = Notifier::new(self.device.as_fd()).probe()?;
         match support {
-            Support::Granted => {}
+            Support::Granted => self.warn_of_what_breaks_the_contract(),
             Support::NotGranted if self.is_signed() => tracing::warn!(
                 "the kernel did not grant FUSE_RESTARTABLE, although the server signed: passthrough and io_uring \
                  exclude it; after a crash requests are resent, but nothing is held or checked"
@@ -309,6 +309,22 @@ impl Adopt {
             ),
         }
         Ok(support)
+    }
+
+    /// Clause 3 of the contract: what cannot survive a server must not be negotiated, unless the server knows how.
+    fn warn_of_what_breaks_the_contract(&self) {
+        let flags =
+            handshake::reply_body(&self.state.init().reply().unwrap_or_default()).all_flags();
+        if flags & (FUSE_POSIX_LOCKS | FUSE_FLOCK_LOCKS) != 0 {
+            tracing::warn!(
+                "the server keeps locks for the kernel: every later instance must know them"
+            );
+        }
+        if flags & FUSE_ATOMIC_O_TRUNC != 0 {
+            tracing::warn!(
+                "the server truncates on OPEN: a resent one can erase what was written since"
+            );
+        }
     }
 
     /// Whether the kept handshake asked for recovery.

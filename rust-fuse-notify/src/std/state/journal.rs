@@ -292,7 +292,8 @@ impl Journal {
             return;
         };
         if let Some(Recorded::Outcome(Ok(success))) = self.recorded(id, slot) {
-            if success.nodeid != 0 {
+            // A server that never asks for them must not pay for it; the next recovery finds them anyway.
+            if success.nodeid != 0 && inner.orphans.len() < self.capacity as usize {
                 inner.orphans.push(success.nodeid);
             }
         }
