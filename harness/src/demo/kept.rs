@@ -29,7 +29,10 @@ pub struct Kept {
 
 impl Kept {
     pub fn start(work: &Path, backing: &Path, threads: u32) -> Result<Self> {
-        let own = std::env::current_exe().context("finding our own binary")?;
+        // Started again and again, so from a file system that is not the outage itself (a guest has its root over 9p).
+        let own = work.join("fuse-restart");
+        let here = std::env::current_exe().context("finding our own binary")?;
+        fs::copy(&here, &own).with_context(|| format!("copying {}", here.display()))?;
         let mountpoint = work.join("mnt");
         fs::create_dir(&mountpoint)?;
         let (log, stderr) = (work.join("keeper.jsonl"), work.join("keeper.stderr"));

@@ -82,6 +82,16 @@ impl Field {
     }
 }
 
+/// When to kill.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    pub seed: u64,
+    /// From "serves again" to the next kill: a random time between these.
+    pub pause_ms: (u64, u64),
+    /// No more kills than this, so that a slow machine comes to an end as well.
+    pub most: u32,
+}
+
 #[derive(Default)]
 struct Shared {
     stop: AtomicBool,
@@ -98,20 +108,20 @@ impl Killer {
         field: Arc<Mutex<Field>>,
         prober: Arc<Prober>,
         dog: Arc<Watchdog>,
-        seed: u64,
-        pause_ms: (u64, u64),
+        plan: Plan,
     ) -> Self {
         let shared = Arc::new(Shared::default());
         let ours = shared.clone();
-        let mut rng = Rng::new(seed);
+        let mut rng = Rng::new(plan.seed);
         let thread = std::thread::spawn(move || -> Result<()> {
-            while !ours.stop.load(Ordering::Acquire) && dog.why_cut().is_none() {
+            let going_on = || !ours.stop.load(Ordering::Acquire) && dog.why_cut().is_none();
+            while going_on() && ours.kills.load(Ordering::Acquire) < plan.most {
                 let pid = lock(&field)
                     .wait_serving(&dog, &prober)
                     .inspect_err(|e| dog.cut(&format!("{e:#}")))?;
                 // Not a wait for anything: this is the random moment.
-                let moment =
-                    Duration::from_micros(rng.between(pause_ms.0 * 1000, pause_ms.1 * 1000));
+                let moment = rng.between(plan.pause_ms.0 * 1000, plan.pause_ms.1 * 1000);
+                let moment = Duration::from_micros(moment);
                 std::thread::sleep(moment);
                 if ours.stop.load(Ordering::Acquire) {
                     break;

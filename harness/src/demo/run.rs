@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 
 use super::held::Held;
 use super::kept::{count, Kept};
-use super::killer::{lock, Field, Killer};
+use super::killer::{lock, Field, Killer, Plan};
 use super::prober::{outages, Prober};
 use super::report::{Column, Expectation};
 use super::watchdog::Watchdog;
@@ -22,7 +22,7 @@ use super::{source, Args, Backing};
 use crate::keep::events::now_ns;
 
 /// The random time from "serves again" to the next kill, in milliseconds.
-const PAUSE_MS: (u64, u64) = (50, 2000);
+const PAUSE_MS: (u64, u64) = (50, 5000);
 const STOCK_FILES: usize = 300;
 const STOCK_LIMIT: u64 = 60;
 const LIMIT: u64 = 600;
@@ -136,7 +136,12 @@ fn first_act(
     column: &mut Column,
 ) -> Result<()> {
     let mountpoint = lock(field).kept.mountpoint.clone();
-    let killer = Killer::start(field.clone(), prober.clone(), dog.clone(), seed, PAUSE_MS);
+    let plan = Plan {
+        seed,
+        pause_ms: PAUSE_MS,
+        most: args.kills * 2,
+    };
+    let killer = Killer::start(field.clone(), prober.clone(), dog.clone(), plan);
     let mut workload = Workload {
         dog,
         source: work.path("source"),
