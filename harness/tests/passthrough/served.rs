@@ -240,6 +240,23 @@ impl Served {
         fs::metadata(self.mnt()).expect("the next instance answers");
     }
 
+    /// Waits until every worker of the server sleeps, for the kernel has nothing to say: FORGETs,
+    /// which nobody waits for, have been read as well.
+    pub fn wait_until_idle(&self) {
+        let tasks = format!("/proc/{}/task", self.server_pid());
+        let asleep = || {
+            fs::read_dir(&tasks).unwrap().flatten().all(|task| {
+                let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+                !status.starts_with("Name:\tfuser-") || status.contains("\nState:\tS")
+            })
+        };
+        let mut in_a_row = 0;
+        wait_for("the server to be idle", || {
+            in_a_row = if asleep() { in_a_row + 1 } else { 0 };
+            (in_a_row == 10).then_some(())
+        });
+    }
+
     /// Stops the keeper in the regular way and gives the backing back.
     pub fn unmount(mut self) -> Scratch {
         kill(Pid::from_raw(self.keeper.id() as i32), Signal::SIGTERM).unwrap();

@@ -133,7 +133,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     config.clone_fd = args.clone_fd;
     let filesystem = fs::Passthrough(server.clone());
     let adopted = Adopt::new(inherited.device, state)
-        .run(&mut Recovery(server.clone()), |fd| {
+        .run(&mut Recovery::new(server.clone()), |fd| {
             Session::from_fd(filesystem, fd, SessionACL::All, config)
         })
         .with_context(|| format!("cannot take over the mount of {shown}"))?;

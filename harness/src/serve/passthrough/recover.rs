@@ -15,22 +15,45 @@ use super::nodes::ROOT;
 use super::server::Server;
 use super::sys::{self, Res};
 
-pub struct Recovery(pub Arc<Server>);
+pub struct Recovery {
+    server: Arc<Server>,
+    /// Nodes whose lookups were counted differently here and in the kernel.
+    differed: u64,
+}
+
+impl Recovery {
+    pub fn new(server: Arc<Server>) -> Recovery {
+        Recovery {
+            server,
+            differed: 0,
+        }
+    }
+}
 
 impl Recover for Recovery {
     fn identity(&self) -> Identity {
-        Identity(self.0.backing.identity)
+        Identity(self.server.backing.identity)
     }
 
     fn resolve(&mut self, _state: &State) -> Result<(), ServerError> {
-        self.0.resolve_journal().map_err(Into::into)
+        self.server.resolve_journal().map_err(Into::into)
     }
 
     fn replay(&mut self, state: &State, replay: &Replay) -> Result<Attr, i32> {
         let attr = self
-            .0
+            .server
             .confirmed(replay.nodeid, replay.generation)
             .map_err(|e| e as i32)?;
+        let counted = state.nodes().get(replay.nodeid).map(|node| node.lookups);
+        if replay.nodeid != ROOT && counted != Some(replay.nlookup) {
+            // Between an answer and what the application made of it; at rest they are equal.
+            self.differed += 1;
+            tracing::debug!(
+                "node {}: {counted:?}, kernel {}",
+                replay.nodeid,
+                replay.nlookup
+            );
+        }
         if replay.nodeid != ROOT && !state.nodes().confirm(replay.nodeid, replay.nlookup) {
             return Err(libc::ESTALE);
         }
@@ -45,12 +68,15 @@ impl Recover for Recovery {
                 state.nodes().remove(orphan.nodeid);
             }
             tracing::info!(
-                "{} nodes are not known to the kernel any more, {} outcomes are not owed any more",
+                "{} nodes are not known to the kernel any more, {} were looked up another number \
+                 of times, {} outcomes are not owed any more",
                 settled.dropped,
+                self.differed,
                 settled.outcomes_dropped
             );
         }
-        self.0.sweep_graves();
+        self.server.sweep_graves();
+        tracing::info!("{} nodes in the table", state.nodes().len());
         Ok(())
     }
 }
