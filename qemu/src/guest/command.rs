@@ -8,7 +8,7 @@ use anyhow::Result;
 use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::signal::{kill, Signal};
+use nix::sys::signal::{kill, killpg, Signal};
 use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 use std::fs::{self, File};
@@ -26,7 +26,8 @@ struct Source {
     open: bool,
 }
 
-pub fn run(job: &Job, channel: &mut File) -> Result<Status> {
+/// `alone`: we are process 1, and every process is the command's.
+pub fn run(job: &Job, channel: &mut File, alone: bool) -> Result<Status> {
     let mut status = Status {
         tainted: [tainted(); 2],
         ..Status::default()
@@ -68,7 +69,11 @@ pub fn run(job: &Job, channel: &mut File) -> Result<Status> {
             break code;
         }
     };
-    status.unkillable = end_everyone(&mut sources, channel)?;
+    if alone {
+        status.unkillable = end_everyone(&mut sources, channel)?;
+    } else {
+        end_group(child, &mut sources, channel)?;
+    }
     if job.kmemleak {
         if let Some(leaks) = kmemleak(Path::new("/sys/kernel/debug/kmemleak")) {
             frame::write(channel, Kind::Report, leaks.as_bytes())?;
@@ -176,6 +181,15 @@ fn end_everyone(sources: &mut [Source; 2], channel: &mut File) -> Result<Vec<Str
             return Ok(left.iter().map(|p| describe(*p)).collect());
         }
     }
+}
+
+/// Kills what is left of the command's process group and passes on its last
+/// words; who has left the group is not waited for.
+fn end_group(leader: Pid, sources: &mut [Source; 2], channel: &mut File) -> Result<()> {
+    let _ = killpg(leader, Signal::SIGKILL);
+    let limit = Instant::now() + Duration::from_secs(2);
+    while relay(sources, channel, 50)? && Instant::now() < limit {}
+    Ok(())
 }
 
 /// User processes other than ourselves (kernel threads have no command line

@@ -36,7 +36,7 @@ pub fn as_command() -> Result<std::process::ExitCode> {
     let job = read_job()?;
     let mut channel = open_channel(&job.channel)?;
     frame::write(&mut channel, Kind::Ready, b"")?;
-    let status = command::run(&job, &mut channel)?;
+    let status = command::run(&job, &mut channel, false)?;
     frame::write(&mut channel, Kind::Status, &serde_json::to_vec(&status)?)?;
     Ok(std::process::ExitCode::SUCCESS)
 }
@@ -63,7 +63,7 @@ fn guest(power_off: &mut bool) -> Result<()> {
                 )?;
             }
             frame::write(&mut channel, Kind::Ready, b"")?;
-            command::run(&job, &mut channel)?
+            command::run(&job, &mut channel, true)?
         }
         Err(e) => Status {
             code: i32::from(crate::vm::EXIT_RUNNER),

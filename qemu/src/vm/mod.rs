@@ -90,6 +90,9 @@ impl Default for Options {
     }
 }
 
+/// Name of the line in the run directory, where it is a FIFO.
+pub const FIFO: &str = "line";
+
 /// What a backend must know to start a guest.
 pub struct Guest<'a> {
     pub image: &'a Path,
@@ -110,6 +113,11 @@ pub trait Backend {
     fn describe(&self) -> String;
     fn channel(&self) -> Channel;
     fn power_off(&self) -> bool;
+    /// Whether the line is a FIFO in the run directory instead of an inherited
+    /// descriptor.
+    fn fifo(&self) -> bool {
+        false
+    }
     fn command(&self, guest: &Guest) -> Result<Command>;
 }
 

@@ -14,7 +14,7 @@ use nix::sys::socket::{socketpair, AddressFamily, SockFlag, SockType};
 use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -120,12 +120,8 @@ pub fn boot(
         serde_json::to_vec_pretty(&job)?,
     )?;
     let log = run_dir.path.join("kernel.log");
-    let (ours, theirs) = socketpair(
-        AddressFamily::Unix,
-        SockType::Stream,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )?;
+    let (ours, theirs) = line(backend, &run_dir.path)?;
+    let fd = theirs.as_ref().map_or(-1, |t| t.as_raw_fd());
     let guest = Guest {
         image: &kernel.image,
         mem: opts
@@ -140,7 +136,7 @@ pub fn boot(
         run_dir: &run_dir.path,
         log: &log,
         exe: &exe,
-        channel_fd: theirs.as_raw_fd(),
+        channel_fd: fd,
         append: &opts.append,
     };
     let mut command = backend.command(&guest)?;
@@ -150,13 +146,12 @@ pub fn boot(
         .stdout(console.try_clone()?)
         .stderr(console)
         .process_group(0);
-    let fd = theirs.as_raw_fd();
     // SAFETY: only async-signal-safe calls between fork and exec.
     unsafe {
         command.pre_exec(move || {
             // The guest must not outlive a runner that was killed itself.
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            if libc::fcntl(fd, libc::F_SETFD, 0) < 0 {
+            if fd >= 0 && libc::fcntl(fd, libc::F_SETFD, 0) < 0 {
                 return Err(std::io::Error::last_os_error());
             }
             Ok(())
@@ -169,7 +164,7 @@ pub fn boot(
     );
     drop(theirs);
     let mut line = Line {
-        file: File::from(ours),
+        file: ours,
         decoder: Decoder::default(),
         out: Sink::new(opts.out.as_deref()),
         reports: vec![],
@@ -190,6 +185,23 @@ pub fn boot(
         run_dir.remove();
     }
     Ok(outcome)
+}
+
+/// Our end of the line, and the guest's if it inherits one.
+fn line(backend: &dyn Backend, run_dir: &Path) -> Result<(File, Option<OwnedFd>)> {
+    if backend.fifo() {
+        let path = run_dir.join(super::FIFO);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
+        // For writing too, so that opening does not wait for the other side.
+        return Ok((File::options().read(true).write(true).open(&path)?, None));
+    }
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::Stream,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?;
+    Ok((File::from(ours), Some(theirs)))
 }
 
 fn judge(end: End, log: &str, checkers: Vec<String>, log_path: &Path) -> Outcome {

@@ -3,7 +3,7 @@
 //! kernels its own way; our init is only a command to it, and the line is a
 //! virtio port that QEMU is told to add.
 
-use super::{virtio_channel, Backend, Guest};
+use super::{virtio_channel, Backend, Guest, FIFO};
 use crate::guest::{Channel, JOB_KEY, PORT};
 use crate::paths::Paths;
 use crate::ui;
@@ -54,8 +54,21 @@ impl Backend for Vng {
         false
     }
 
+    /// Its helpers inherit no descriptor.
+    fn fifo(&self) -> bool {
+        true
+    }
+
     fn command(&self, g: &Guest) -> Result<Command> {
         let mut c = Command::new(&self.program);
+        // It calls its own helpers by name.
+        let bin = self
+            .program
+            .parent()
+            .map(|p| p.display().to_string())
+            .unwrap_or_default();
+        let path = std::env::var("PATH").unwrap_or_default();
+        c.env("PATH", format!("{bin}:{path}"));
         c.arg("--run")
             .arg(g.image)
             // KVM is only for who has seen a guest boot with it; see accel.rs.
@@ -68,8 +81,8 @@ impl Backend for Vng {
             ])
             .args(["--user", "root"])
             .arg(format!(
-                "--qemu-opts=-chardev socket,id=line,fd={}",
-                g.channel_fd
+                "--qemu-opts=-chardev file,id=line,path={}",
+                g.run_dir.join(FIFO).display()
             ))
             .arg(format!(
                 "--qemu-opts=-device virtserialport,chardev=line,name={PORT}"
