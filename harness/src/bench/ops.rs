@@ -12,8 +12,9 @@ use nix::fcntl::OFlag;
 use nix::sched::{sched_setaffinity, CpuSet};
 use nix::unistd::Pid;
 use serde::Serialize;
+use zerocopy::IntoBytes;
 
-use super::server::{Server, Stop};
+use super::server::{pages, Server, Stop};
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::ops;
@@ -121,8 +122,7 @@ fn measure(args: &Args, env: &Env<'_>, signed: bool) -> Result<(Vec<Kind>, bool)
 
 fn client(path: &std::path::Path, count: u32, batches: u32, signed: bool) -> Result<Vec<Kind>> {
     let fd = ops::open(path, OFlag::O_RDWR)?;
-    let mut buffer = vec![0u8; 4096];
-    let data = vec![7u8; 4096];
+    let (mut buffer, data) = (pages(1), pages(1));
     let run = |name: &'static str, op: &mut dyn FnMut() -> ops::Done<()>| -> Result<Kind> {
         let mut batches_ns = Vec::with_capacity(batches as usize);
         // The first batch warms up caches and branch history, and is not told.
@@ -151,15 +151,18 @@ fn client(path: &std::path::Path, count: u32, batches: u32, signed: bool) -> Res
         })?,
         run(
             "read 4 KiB",
-            &mut || match ops::pread_into(fd, &mut buffer, 0)? {
+            &mut || match ops::pread_into(fd, buffer.as_mut_bytes(), 0)? {
                 4096 => Ok(()),
                 _ => Err(nix::errno::Errno::EIO),
             },
         )?,
-        run("write 4 KiB", &mut || match ops::pwrite(fd, &data, 0)? {
-            4096 => Ok(()),
-            _ => Err(nix::errno::Errno::EIO),
-        })?,
+        run(
+            "write 4 KiB",
+            &mut || match ops::pwrite(fd, data.as_bytes(), 0)? {
+                4096 => Ok(()),
+                _ => Err(nix::errno::Errno::EIO),
+            },
+        )?,
     ];
     ops::close(fd)?;
     Ok(kinds)

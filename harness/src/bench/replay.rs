@@ -121,10 +121,11 @@ pub fn run(args: &Args, env: &Env<'_>) -> Result<()> {
     let mut replays = Vec::new();
     let mut memory = None;
     if series {
+        // The first of all, so that what a recovery allocates once and keeps is seen as well.
+        memory = Some(sample(&mut kit, &mut server, args.inodes)?);
         for _ in 0..args.runs {
             replays.push(replay(&mut kit, &mut server, args.inodes)?);
         }
-        memory = Some(sample(&mut kit, &mut server, args.inodes)?);
     }
     let rates: Vec<f64> = replays.iter().map(|r| r.per_second).collect();
     let rate = super::median(&rates);

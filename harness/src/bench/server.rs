@@ -9,7 +9,7 @@ use std::os::fd::RawFd;
 use anyhow::{bail, Result};
 use libc::{S_IFDIR, S_IFREG};
 use nix::errno::Errno;
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::raw::wire::{
     op, Attr, AttrOut, EntryOut, GetattrIn, InHeader, OpenOut, OutHeader, ReadIn, Report, WriteIn,
@@ -21,11 +21,21 @@ pub const FIRST: u64 = 1000;
 const HOUR: u64 = 3600;
 const FOPEN_DIRECT_IO: u32 = 1;
 
+/// A page on a page's boundary. The kernel copies page by page: where a buffer begins decides how many instructions
+/// a message costs, and must not be left to the allocator when instructions are counted.
+#[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C, align(4096))]
+pub struct Page([u8; 4096]);
+
+pub fn pages(count: usize) -> Vec<Page> {
+    vec![Page([0; 4096]); count]
+}
+
 pub struct Server {
     fd: RawFd,
     inodes: u64,
-    input: Vec<u8>,
-    output: Vec<u8>,
+    input: Vec<Page>,
+    output: Vec<Page>,
     /// Replays answered since the last report.
     pub replayed: u64,
     /// Called now and then during replays, for samples.
@@ -42,12 +52,12 @@ pub enum Stop {
 
 impl Server {
     pub fn new(fd: RawFd, inodes: u64) -> Server {
-        let room = crate::raw::dev::MAX_WRITE as usize + 4096;
+        let room = crate::raw::dev::MAX_WRITE as usize / 4096 + 1;
         Server {
             fd,
             inodes,
-            input: vec![0; room],
-            output: vec![0; room],
+            input: pages(room),
+            output: pages(room),
             replayed: 0,
             every: None,
         }
@@ -57,14 +67,19 @@ impl Server {
     pub fn serve(&mut self) -> Result<Stop> {
         loop {
             // SAFETY: the buffer is as long as said.
-            let n =
-                unsafe { libc::read(self.fd, self.input.as_mut_ptr().cast(), self.input.len()) };
+            let n = unsafe {
+                libc::read(
+                    self.fd,
+                    self.input.as_mut_ptr().cast(),
+                    self.input.len() * 4096,
+                )
+            };
             let n = match Errno::result(n) {
                 Ok(n) => n as usize,
                 Err(Errno::EINTR | Errno::ENOENT) => continue,
                 Err(e) => bail!("reading the device failed: {e}"),
             };
-            let Ok((header, body)) = InHeader::read_from_prefix(&self.input[..n]) else {
+            let Ok((header, body)) = InHeader::read_from_prefix(&self.input.as_bytes()[..n]) else {
                 bail!("a message of {n} bytes")
             };
             if header.opcode == op::NOTIFY_REPLY {
@@ -84,7 +99,7 @@ impl Server {
                 error: -error,
                 unique: header.unique,
             };
-            self.output[..16].copy_from_slice(out.as_bytes());
+            self.output.as_mut_bytes()[..16].copy_from_slice(out.as_bytes());
             // SAFETY: the buffer is longer than the answer.
             let n = unsafe { libc::write(self.fd, self.output.as_ptr().cast(), 16 + len) };
             match Errno::result(n) {
@@ -105,7 +120,7 @@ impl Server {
     fn answer(&mut self, header: &InHeader, body: std::ops::Range<usize>) -> (i32, usize) {
         match header.opcode {
             op::LOOKUP => {
-                let number = file_number(&self.input[body]);
+                let number = file_number(&self.input.as_bytes()[body]);
                 match number.filter(|n| *n < self.inodes) {
                     Some(n) => self.put(&EntryOut {
                         nodeid: FIRST + n,
@@ -119,10 +134,11 @@ impl Server {
                 }
             }
             op::GETATTR | op::SETATTR => {
-                let replay =
-                    GetattrIn::read_from_prefix(&self.input[body]).is_ok_and(|(arg, _)| {
+                let replay = GetattrIn::read_from_prefix(&self.input.as_bytes()[body]).is_ok_and(
+                    |(arg, _)| {
                         header.opcode == op::GETATTR && arg.getattr_flags & GETATTR_REPLAY != 0
-                    });
+                    },
+                );
                 if replay {
                     self.replayed += 1;
                     if let Some((n, sample)) = &mut self.every {
@@ -146,12 +162,12 @@ impl Server {
                 fh: header.nodeid,
                 ..Default::default()
             }),
-            op::READ => match ReadIn::read_from_prefix(&self.input[body]) {
+            op::READ => match ReadIn::read_from_prefix(&self.input.as_bytes()[body]) {
                 // Whatever bytes are in the buffer: nobody looks at them.
                 Ok((arg, _)) => (0, (arg.size as usize).min(4096)),
                 Err(_) => (libc::EINVAL, 0),
             },
-            op::WRITE => match WriteIn::read_from_prefix(&self.input[body]) {
+            op::WRITE => match WriteIn::read_from_prefix(&self.input.as_bytes()[body]) {
                 Ok((arg, _)) => self.put(&WriteOut {
                     size: arg.size,
                     padding: 0,
@@ -163,9 +179,9 @@ impl Server {
         }
     }
 
-    fn put<T: IntoBytes + zerocopy::Immutable>(&mut self, value: &T) -> (i32, usize) {
+    fn put<T: IntoBytes + Immutable>(&mut self, value: &T) -> (i32, usize) {
         let bytes = value.as_bytes();
-        self.output[16..16 + bytes.len()].copy_from_slice(bytes);
+        self.output.as_mut_bytes()[16..16 + bytes.len()].copy_from_slice(bytes);
         (0, bytes.len())
     }
 }

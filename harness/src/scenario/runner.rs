@@ -109,7 +109,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     );
 
     let mut outcomes = Vec::new();
-    for _ in 0..args.repeat {
+    for round in 0..args.repeat {
+        // Every round another order; each is repeated alone by the seed it prints.
+        env.seed = seed.wrapping_add(round.into());
         for scenario in &chosen {
             let outcome = one(scenario, args, &env);
             let text = match (outcome.verdict, outcome.reason.as_str()) {
