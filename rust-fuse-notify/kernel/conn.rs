@@ -28,9 +28,7 @@ const _: () = {
     assert!(wire::COMMIT == bindings::FUSE_RESTARTED_COMMIT);
     assert!(wire::COOKIE == 1 << 62);
     assert!(wire::GETATTR_REPLAY == bindings::FUSE_GETATTR_REPLAY);
-    assert!(
-        wire::NOTIFY_RESTARTED as u32 == bindings::fuse_notify_code_FUSE_NOTIFY_RESTARTED as u32
-    );
+    assert!(wire::NOTIFY_RESTARTED as u32 == bindings::fuse_notify_code_FUSE_NOTIFY_RESTARTED);
     assert!(ids::EPOCH_SHIFT == bindings::FUSE_UNIQUE_EPOCH_SHIFT);
     assert!(wire::INIT_IDENTITY_OFFSET == core::mem::offset_of!(bindings::fuse_init_out, identity));
 };
