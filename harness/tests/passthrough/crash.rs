@@ -426,6 +426,50 @@ fn data_survives(options: &[&str]) -> bool {
     true
 }
 
+/// The offset of an append is the kernel's: written again, it lands where it landed before.
+fn appends_are_not_repeated(options: &[&str]) -> bool {
+    let Some(served) = Served::start(Kind::Tmpfs, options) else {
+        return true;
+    };
+    let mut random = Random::new("appends_are_not_repeated");
+    let path = served.mnt().join("log");
+    let lines = AtomicU64::new(0);
+    let conclusive = kill_during(&served, 30, &mut random, |running| {
+        let mut options = OpenOptions::new();
+        let mut file = running.ok("create", options.append(true).create(true).open(&path));
+        while running.go_on() {
+            let n = lines.load(Ordering::Relaxed);
+            running.ok("append", writeln!(file, "line {n}"));
+            lines.store(n + 1, Ordering::Relaxed);
+        }
+        running.ok("fsync", file.sync_all());
+    });
+    if !conclusive {
+        return false;
+    }
+    let want: String = (0..lines.into_inner())
+        .map(|n| format!("line {n}\n"))
+        .collect();
+    let got = fs::read_to_string(served.back().join("log")).unwrap();
+    let differ = got
+        .lines()
+        .zip(want.lines())
+        .find(|(got, want)| got != want);
+    assert_eq!(differ, None);
+    assert_eq!(got.len(), want.len());
+    true
+}
+
+#[test]
+fn appends_are_not_repeated_written_through() {
+    conclusively(|| appends_are_not_repeated(&[]));
+}
+
+#[test]
+fn appends_are_not_repeated_written_back() {
+    conclusively(|| appends_are_not_repeated(&["--writeback"]));
+}
+
 #[test]
 fn data_survives_written_through() {
     conclusively(|| data_survives(&[]));
