@@ -16,7 +16,6 @@ pub struct Support {
     /// The kernel offers FUSE_RESTARTABLE: it carries the series.
     pub series: bool,
     pub passthrough: bool,
-    pub io_uring: bool,
 }
 
 /// Connections a scenario has opened, in memory shared with the runner, which must be able to abort them when

@@ -468,11 +468,38 @@ fn passthrough(env: &Env<'_>) -> Result<()> {
     not_granted(&mut kit)
 }
 
-fn io_uring(env: &Env<'_>) -> Result<()> {
-    if !env.support.io_uring {
-        return skip("FUSE over io_uring is off in this kernel (fuse.enable_uring)");
+/// Switches FUSE over io_uring on for as long as this lives; the default of kernels is off.
+struct Uring {
+    was: String,
+}
+
+const ENABLE_URING: &str = "/sys/module/fuse/parameters/enable_uring";
+
+impl Uring {
+    fn on() -> Result<Uring> {
+        let Ok(was) = std::fs::read_to_string(ENABLE_URING) else {
+            return skip("this kernel has no FUSE over io_uring");
+        };
+        std::fs::write(ENABLE_URING, "Y")
+            .with_context(|| format!("cannot write {ENABLE_URING}"))?;
+        Ok(Uring { was })
     }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        let _ = std::fs::write(ENABLE_URING, self.was.trim());
+    }
+}
+
+fn io_uring(env: &Env<'_>) -> Result<()> {
+    let _on = Uring::on()?;
     let kit = Kit::mount(env, Config::with(init::OVER_IO_URING))?;
+    ensure!(
+        kit.offered & init::OVER_IO_URING != 0,
+        "io_uring is on, yet not offered"
+    );
+    // No operation is tried: this connection waits for a ring that nobody sets up.
     ensure!(
         kit.dev.probe() == Errno::EOPNOTSUPP,
         "the probe says {}",

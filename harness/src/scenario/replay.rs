@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The replay: every cached inode once, with generation and count; verdicts; who is revoked and who is not.
 
+use std::os::fd::AsFd;
+
 use anyhow::{ensure, Context, Result};
 use libc::{S_IFDIR, S_IFREG};
 use nix::errno::Errno;
@@ -8,6 +10,8 @@ use nix::fcntl::OFlag;
 
 use super::help::{expect_errno, expect_report, open, populate, populated, still_serves};
 use super::Scenario;
+use crate::raw::app::{faults_kill, Proc};
+use crate::raw::dev::poll_one;
 use crate::raw::env::Env;
 use crate::raw::kit::Kit;
 use crate::raw::ops;
@@ -491,53 +495,66 @@ fn page_cache(env: &Env<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Touching a page of a revoked file's mapping must not show the old bytes for ever: it ends in SIGBUS.
+/// A process that has a page of the file mapped, and touched it, must not see the old bytes for ever: the page is
+/// taken away from it, and its next touch is SIGBUS.
 fn mapping(env: &Env<'_>) -> Result<()> {
     use nix::sys::mman::{mmap, MapFlags, ProtFlags};
+    use nix::sys::signal::Signal;
+    use nix::sys::wait::WaitStatus;
     let mut kit = populated(env, 2)?;
-    let fd = open(&mut kit, "f1", OFlag::O_RDONLY)?;
-    let map = kit.run("mmap", move || {
+    let (path, patience) = (kit.path("f1"), kit.patience);
+    let (mapped, tell_mapped) = nix::unistd::pipe()?;
+    let mut child = Proc::spawn("a process with a mapping", &[kit.dev.raw()], || {
+        faults_kill();
+        let Ok(file) = std::fs::File::open(&path) else {
+            return 10;
+        };
         let length = std::num::NonZeroUsize::new(4096).expect("not zero");
-        // SAFETY: the descriptor is open; the mapping is read through volatile reads only and never unmapped.
-        let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
-        // SAFETY: a fresh mapping chosen by the kernel.
+        // SAFETY: a fresh mapping chosen by the kernel, only read, through volatile reads.
         let at = unsafe {
             mmap(
                 None,
                 length,
                 ProtFlags::PROT_READ,
                 MapFlags::MAP_SHARED,
-                borrowed,
+                &file,
                 0,
             )
-        }?;
+        };
+        let Ok(at) = at else { return 11 };
         // SAFETY: the page is mapped and the file is not empty.
-        let first = unsafe { at.as_ptr().cast::<u8>().read_volatile() };
-        Ok::<_, Errno>((at.as_ptr() as usize, first))
+        let look = || unsafe { at.as_ptr().cast::<u8>().read_volatile() };
+        if look() != b'c' {
+            return 12;
+        }
+        let _ = nix::unistd::write(&tell_mapped, b"!");
+        let deadline = std::time::Instant::now() + 2 * patience;
+        while std::time::Instant::now() < deadline {
+            // No new fault: the page is in this process's own table until somebody takes it out.
+            if look() != b'c' {
+                return 13;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        14
     })?;
-    let (at, first) = map.context("mmap")?;
-    ensure!(first == b'c', "the mapping shows {first}");
+    kit.serve_until("the file to be mapped", |_| {
+        let events = nix::poll::PollFlags::POLLIN;
+        let ready = poll_one(mapped.as_fd(), events, std::time::Duration::ZERO)?;
+        Ok(ready.contains(events))
+    })?;
     let victim = kit.tree.child(ROOT, "f1");
     kit.recover_with(&mut |_, r| (Some(r.nodeid) == victim).then_some(Answer::Err(libc::ESTALE)))?;
-    kit.wait_serving()?;
-    // The tear-down is a work item of its own, so look until the page is gone.
-    let patience = kit.patience;
-    crate::raw::wait::wait_for(
-        "the mapped page of the revoked file to go",
-        patience,
-        || {
-            let mut child = crate::raw::app::Proc::spawn("touch the mapping", &[], || {
-                crate::raw::app::faults_kill();
-                // SAFETY: mapped; if the page is gone SIGBUS ends this child, which is what is looked for.
-                i32::from(unsafe { (at as *const u8).read_volatile() })
-            })?;
-            let status = child.wait(patience)?;
-            Ok(matches!(
-                status,
-                nix::sys::wait::WaitStatus::Signaled(_, nix::sys::signal::Signal::SIGBUS, _)
-            ))
-        },
-    )
+    // It dies of the fault while we serve what its end sends.
+    kit.serve_until("the mapped page of the revoked file to go", |_| {
+        child.ended()
+    })?;
+    let status = child.wait(patience)?;
+    ensure!(
+        matches!(status, WaitStatus::Signaled(_, Signal::SIGBUS, _)),
+        "the process with the mapping ended with {status:?}, not SIGBUS"
+    );
+    still_serves(&mut kit)
 }
 
 fn all_revoked(env: &Env<'_>) -> Result<()> {

@@ -225,7 +225,6 @@ fn support(env: &Env<'_>) -> Result<Support> {
     Ok(Support {
         series: kit.offered & init::RESTARTABLE != 0,
         passthrough: kit.offered & init::PASSTHROUGH != 0,
-        io_uring: kit.offered & init::OVER_IO_URING != 0,
     })
 }
 
