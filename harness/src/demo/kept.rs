@@ -166,6 +166,9 @@ pub struct Logged {
     pub refused: u64,
     /// The kernel's counts, as they were at each death.
     pub recoveries: Vec<Recovery>,
+    /// When the kernel was told, and when the next server ran, for each death.
+    pub told_at: Vec<u64>,
+    pub started_at: Vec<u64>,
 }
 
 pub fn count(events: &[Record]) -> Logged {
@@ -174,7 +177,12 @@ pub fn count(events: &[Record]) -> Logged {
     let unmounted = |e: &&Record| !matches!(e.event, Event::Unmounted { .. });
     for record in events.iter().take_while(unmounted) {
         match &record.event {
-            Event::Started { .. } => logged.starts += 1,
+            Event::Started { restarts, .. } => {
+                logged.starts += 1;
+                logged
+                    .started_at
+                    .extend((*restarts > 0).then_some(record.at_ns));
+            }
             Event::Died {
                 connected: false, ..
             } => {}
@@ -182,11 +190,14 @@ pub fn count(events: &[Record]) -> Logged {
                 logged.deaths += 1;
                 logged.recoveries.extend(recovery.clone());
             }
-            Event::Notified { how, .. } => match how.as_str() {
-                "restarted" => logged.restarted += 1,
-                "resent" => logged.resent += 1,
-                _ => logged.refused += 1,
-            },
+            Event::Notified { how, .. } => {
+                logged.told_at.push(record.at_ns);
+                match how.as_str() {
+                    "restarted" => logged.restarted += 1,
+                    "resent" => logged.resent += 1,
+                    _ => logged.refused += 1,
+                }
+            }
             _ => {}
         }
     }

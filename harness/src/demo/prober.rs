@@ -15,7 +15,7 @@ use std::time::Duration;
 use crate::keep::events::now_ns;
 
 /// Between two operations, so that the workload gets the processors.
-const PAUSE: Duration = Duration::from_millis(2);
+const PAUSE: Duration = Duration::from_millis(10);
 /// A prober with that many errors has seen enough.
 const MOST_ERRORS: usize = 20;
 
@@ -31,11 +31,17 @@ pub struct Prober {
     thread: JoinHandle<Seen>,
 }
 
+/// One operation, on CLOCK_MONOTONIC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answered {
+    pub started: u64,
+    pub answered: u64,
+}
+
 /// What it has seen.
 #[derive(Default, Debug)]
 pub struct Seen {
-    /// The moments (CLOCK_MONOTONIC) at which operations were answered.
-    pub answers: Vec<u64>,
+    pub operations: Vec<Answered>,
     pub errors: Vec<String>,
 }
 
@@ -66,7 +72,8 @@ fn probe(dir: &Path, shared: &Shared) -> Seen {
         for (name, operation) in OPERATIONS {
             let started = now_ns();
             let result = operation(dir, round);
-            seen.answers.push(now_ns());
+            let answered = now_ns();
+            seen.operations.push(Answered { started, answered });
             shared.answered.store(started, Ordering::Release);
             if let Err(e) = result {
                 seen.errors.push(format!("{name} in round {round}: {e}"));
@@ -140,23 +147,18 @@ fn rename_noreplace(from: &Path, to: &Path) -> io::Result<()> {
     )?)
 }
 
-/// The outage of each kill: the longest time between two answers (or the kill and the first answer) from that kill to
-/// the next one, or to the end.
-pub fn outages(kills: &[u64], answers: &[u64]) -> Vec<u64> {
+/// The outage of each kill: the longest that an operation waited which was answered after that kill and before the
+/// next one. What it had waited before the kill does not count.
+pub fn outages(kills: &[u64], operations: &[Answered]) -> Vec<u64> {
     let ends = kills.iter().skip(1).copied().chain([u64::MAX]);
-    kills
-        .iter()
-        .zip(ends)
-        .map(|(&kill, end)| {
-            let within = answers.iter().copied().filter(|a| (kill..end).contains(a));
-            let mut last = kill;
-            within.fold(0, |longest, answer| {
-                let gap = answer - last;
-                last = answer;
-                longest.max(gap)
-            })
-        })
-        .collect()
+    let longest = |(&kill, end): (&u64, u64)| {
+        let within = operations
+            .iter()
+            .filter(|o| (kill..end).contains(&o.answered));
+        let waits = within.map(|o| o.answered - o.started.max(kill));
+        waits.max().unwrap_or(0)
+    };
+    kills.iter().zip(ends).map(longest).collect()
 }
 
 /// The value below which `percent` of the values lie (nearest rank). None of none.
@@ -172,12 +174,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_outage_is_the_longest_silence_after_its_kill() {
-        let answers = [5, 10, 12, 112, 113, 200, 201, 260, 262];
-        assert_eq!(outages(&[11, 199], &answers), vec![100, 59]);
+    fn an_outage_is_the_longest_wait_after_its_kill() {
+        let operations = [
+            (1, 5),
+            (6, 10),
+            (11, 111),
+            (112, 113),
+            (190, 260),
+            (261, 262),
+        ]
+        .map(|(started, answered)| Answered { started, answered });
+        assert_eq!(outages(&[20, 199], &operations), vec![91, 61]);
         // An answer that was under way at the kill does not hide the outage behind it.
-        assert_eq!(outages(&[10], &[10, 11, 90, 91]), vec![79]);
-        assert_eq!(outages(&[], &answers), Vec::<u64>::new());
+        assert_eq!(outages(&[10], &operations[..3]), vec![100]);
+        // Nothing was answered any more: no outage can be named, which the report takes for a failure.
+        assert_eq!(outages(&[500], &operations), vec![0]);
+        assert_eq!(outages(&[], &operations), Vec::<u64>::new());
     }
 
     #[test]
@@ -200,7 +212,7 @@ mod tests {
         }
         let seen = prober.stop();
         assert!(
-            seen.errors.is_empty() && !seen.answers.is_empty(),
+            seen.errors.is_empty() && !seen.operations.is_empty(),
             "{seen:?}"
         );
     }

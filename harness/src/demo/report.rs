@@ -58,6 +58,9 @@ pub struct KeeperCounts {
     pub revoked: u64,
     /// The fewest inodes that one recovery replayed.
     pub fewest_replayed: Option<u64>,
+    /// From a kill until the kernel was told, and until the next server ran; the median.
+    pub told_p50_ns: Option<u64>,
+    pub started_p50_ns: Option<u64>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -79,7 +82,13 @@ impl Column {
         self.cut.is_none() && !self.checks.is_empty() && self.checks.iter().all(|c| c.ok)
     }
 
-    pub fn logged(&mut self, logged: &Logged) {
+    /// `kills`: their moments, in the same order as the log has the deaths.
+    pub fn logged(&mut self, logged: &Logged, kills: &[u64]) {
+        let after_kill = |moments: &[u64]| {
+            let pairs = moments.iter().zip(kills);
+            let delays: Vec<u64> = pairs.map(|(m, k)| m.saturating_sub(*k)).collect();
+            percentile(&delays, 50)
+        };
         let sum = |key: &str| {
             logged
                 .recoveries
@@ -104,6 +113,8 @@ impl Column {
             confirmed: sum("confirmed"),
             revoked: sum("revoked"),
             fewest_replayed: fewest,
+            told_p50_ns: after_kill(&logged.told_at),
+            started_p50_ns: after_kill(&logged.started_at),
         };
     }
 
@@ -206,6 +217,8 @@ impl Column {
                 keeper.restarted,
                 self.kills,
             ),
+            // The keeper's notification, and then the server's own, which voids it.
+            equal("epoch = 2 x kills", kernel.get("epoch"), 2 * self.kills),
             equal(
                 "replayed = confirmed + revoked",
                 total("replayed"),
@@ -374,6 +387,8 @@ fn rows(c: &Column) -> Vec<(&'static str, String)> {
         ("outage seen by it, p50", ms(c.outage_p50_ns)),
         ("  p99", ms(c.outage_p99_ns)),
         ("  max", ms(c.outage_max_ns)),
+        ("kernel told after, p50", ms(c.keeper.told_p50_ns)),
+        ("next server runs after, p50", ms(c.keeper.started_p50_ns)),
         (
             "open descriptors that broke",
             c.held_wrong.len().to_string(),
@@ -460,13 +475,14 @@ mod tests {
     #[test]
     fn every_number_that_does_not_add_up_is_a_failure() {
         type Change = fn(&mut Column);
-        let changes: [(&str, Change); 24] = [
+        let changes: [(&str, Change); 25] = [
             ("too few kills", |c| c.kills = 20),
             ("one death more", |c| c.keeper.deaths += 1),
             ("one start more", |c| c.keeper.starts += 1),
             ("one restart less", |c| c.restarts -= 1),
             ("a refused notification", |c| c.keeper.restarted -= 1),
             ("one recovery less", |c| kernel(c, "total_recoveries", 20)),
+            ("an epoch too many", |c| kernel(c, "epoch", 43)),
             ("a replay without verdict", |c| {
                 kernel(c, "total_replayed", 631)
             }),

@@ -110,16 +110,16 @@ fn acts(
     column.kills = kills.len() as u64;
     column.kills_in_flight = field.kills.iter().filter(|k| k.in_flight > 0).count() as u64;
     column.in_flight = field.kills.iter().map(|k| k.in_flight).sum();
-    column.probe_operations = seen.answers.len() as u64;
+    column.probe_operations = seen.operations.len() as u64;
     column.probe_errors = seen.errors;
-    column.outages_ns = outages(&kills, &seen.answers);
+    column.outages_ns = outages(&kills, &seen.operations);
     drop(held);
     if let Some(status) = field.kept.status() {
         column.restarts = status.keeper.restarts;
         column.recovery = status.recovery.filter(|r| r.supported());
     }
     let stopped = field.kept.stop(dog);
-    column.logged(&count(&field.kept.events()?));
+    column.logged(&count(&field.kept.events()?), &kills);
     rest.and(stopped)
 }
 
