@@ -483,17 +483,22 @@ mod tests {
             ("a refused notification", |c| c.keeper.restarted -= 1),
             ("one recovery less", |c| kernel(c, "total_recoveries", 20)),
             ("an epoch too many", |c| kernel(c, "epoch", 43)),
+            // The others of these are changed so that they agree: exactly one check can see it.
             ("a replay without verdict", |c| {
-                kernel(c, "total_replayed", 631)
+                kernel(c, "total_replayed", 631);
+                kernel(c, "replayed", 31);
             }),
             ("one revoked too many", |c| {
                 kernel(c, "total_revoked", 3);
-                kernel(c, "total_confirmed", 627)
+                kernel(c, "revoked", 3);
+                kernel(c, "total_confirmed", 627);
+                kernel(c, "confirmed", 27);
             }),
             ("none revoked", |c| {
                 kernel(c, "total_revoked", 0);
+                kernel(c, "revoked", 0);
                 kernel(c, "total_confirmed", 630);
-                kernel(c, "revoked", 0)
+                kernel(c, "confirmed", 30);
             }),
             ("totals that are no sums", |c| c.keeper.replayed += 1),
             ("confirmed that is no sum", |c| c.keeper.confirmed += 1),
