@@ -447,8 +447,15 @@ fn forget_takes_back_what_lookup_gave_and_no_more() {
     server.forget(ROOT, 5); // the root is not counted
     server.remove(ID, (ROOT, s("one")), false).unwrap();
     assert!(server.yard.contains(one) && server.attr(one).unwrap().nlink == 0);
+    let fh = server.open(ID + 2, one, libc::O_RDONLY).unwrap();
+    assert!(server.file(one, fh).is_ok());
     server.forget(one, 1);
     assert!(nodes.get(one).is_none() && !server.yard.contains(one));
+    assert!(
+        server.state.handles().is_empty(),
+        "a handle outlives its node"
+    );
+    assert!(server.file(one, fh).is_err());
     assert_eq!(
         tree(dir.path())
             .iter()

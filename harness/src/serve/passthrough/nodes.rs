@@ -143,7 +143,11 @@ impl Server {
         // The file first: if this is the last we do, the next start finds a grave without a node
         // and cleans up; a node without its file would be found by nobody.
         self.yard.release(nodeid);
-        self.state.nodes().remove(nodeid);
+        // A handle that is left was opened for an application that was killed before it knew.
+        for handle in self.state.handles().of_node(nodeid) {
+            self.files.remove(handle.fh);
+        }
+        self.state.remove_node(nodeid);
     }
 
     /// `name` as one component that may be used in `parent`; `reserved` if it is the hidden one.
