@@ -59,7 +59,7 @@ pub struct Args {
     #[arg(long)]
     stock: bool,
 
-    /// Copy so many files of the tree (default: all; with --stock 300)
+    /// Copy so many files of the tree (default: all; with --stock 150)
     #[arg(long, value_name = "N")]
     files: Option<usize>,
 

@@ -42,7 +42,16 @@ pub struct Answered {
 #[derive(Default, Debug)]
 pub struct Seen {
     pub operations: Vec<Answered>,
-    pub errors: Vec<String>,
+    /// With the moment of the answer.
+    pub errors: Vec<(u64, String)>,
+}
+
+impl Seen {
+    /// Forgets what came after the run was cut short: the cut takes the mount away, and all errors are its own.
+    pub fn until(&mut self, cut: u64) {
+        self.operations.retain(|o| o.answered < cut);
+        self.errors.retain(|e| e.0 < cut);
+    }
 }
 
 impl Prober {
@@ -76,7 +85,8 @@ fn probe(dir: &Path, shared: &Shared) -> Seen {
             seen.operations.push(Answered { started, answered });
             shared.answered.store(started, Ordering::Release);
             if let Err(e) = result {
-                seen.errors.push(format!("{name} in round {round}: {e}"));
+                let what = format!("{name} in round {round}: {e}");
+                seen.errors.push((answered, what));
                 // So that one error is counted once.
                 let _ = fs::remove_file(old(dir, round));
                 let _ = fs::remove_file(new(dir, round));
@@ -190,6 +200,20 @@ mod tests {
         // Nothing was answered any more: no outage can be named, which the report takes for a failure.
         assert_eq!(outages(&[500], &operations), vec![0]);
         assert_eq!(outages(&[], &operations), Vec::<u64>::new());
+    }
+
+    #[test]
+    fn what_a_cut_breaks_is_not_counted() {
+        let operations = [(1, 5), (6, 30)];
+        let mut seen = Seen {
+            operations: operations
+                .map(|(started, answered)| Answered { started, answered })
+                .to_vec(),
+            errors: vec![(5, "before".into()), (30, "after".into())],
+        };
+        seen.until(20);
+        assert_eq!((seen.operations.len(), seen.errors.len()), (1, 1));
+        assert_eq!(seen.errors[0].1, "before");
     }
 
     #[test]

@@ -23,7 +23,8 @@ use crate::keep::events::now_ns;
 
 /// The random time from "serves again" to the next kill, in milliseconds.
 const PAUSE_MS: (u64, u64) = (50, 5000);
-const STOCK_FILES: usize = 300;
+const STOCK_PAUSE_MS: (u64, u64) = (50, 1500);
+const STOCK_FILES: usize = 150;
 const STOCK_LIMIT: u64 = 60;
 const LIMIT: u64 = 600;
 
@@ -103,15 +104,18 @@ fn acts(
     let rest = first.and_then(|()| second_act(work, dog, &mut field, &prober, &mut held, column));
 
     // Whatever happened, these numbers are part of the result.
-    let seen = Arc::into_inner(prober)
+    let mut seen = Arc::into_inner(prober)
         .expect("the killer has ended")
         .stop();
+    if let Some(cut) = dog.cut_at() {
+        seen.until(cut);
+    }
     let kills: Vec<u64> = field.kills.iter().map(|k| k.at_ns).collect();
     column.kills = kills.len() as u64;
     column.kills_in_flight = field.kills.iter().filter(|k| k.in_flight > 0).count() as u64;
     column.in_flight = field.kills.iter().map(|k| k.in_flight).sum();
     column.probe_operations = seen.operations.len() as u64;
-    column.probe_errors = seen.errors;
+    column.probe_errors = seen.errors.into_iter().map(|e| e.1).collect();
     column.outages_ns = outages(&kills, &seen.operations);
     drop(held);
     if let Some(status) = field.kept.status() {
@@ -138,8 +142,8 @@ fn first_act(
     let mountpoint = lock(field).kept.mountpoint.clone();
     let plan = Plan {
         seed,
-        pause_ms: PAUSE_MS,
-        most: args.kills * 2,
+        pause_ms: if args.stock { STOCK_PAUSE_MS } else { PAUSE_MS },
+        most: args.kills * 3 / 2,
     };
     let killer = Killer::start(field.clone(), prober.clone(), dog.clone(), plan);
     let mut workload = Workload {

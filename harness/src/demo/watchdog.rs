@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{killpg, Signal};
 use nix::unistd::Pid;
 
+use crate::keep::events::now_ns;
 use crate::keep::mount;
 
 #[derive(Default)]
@@ -18,6 +19,8 @@ struct State {
     done: bool,
     /// Why the run was cut short.
     cut: Option<String>,
+    /// ... and when, on CLOCK_MONOTONIC.
+    cut_at: Option<u64>,
     /// The process group of the command that runs now.
     command: Option<i32>,
 }
@@ -64,6 +67,7 @@ impl Watchdog {
             return;
         }
         state.cut = Some(why.to_owned());
+        state.cut_at = Some(now_ns());
         if let Some(group) = state.command {
             let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
         }
@@ -73,6 +77,10 @@ impl Watchdog {
 
     pub fn why_cut(&self) -> Option<String> {
         self.state.lock().expect("no panic inside").cut.clone()
+    }
+
+    pub fn cut_at(&self) -> Option<u64> {
+        self.state.lock().expect("no panic inside").cut_at
     }
 
     /// The command that a cut has to end. False: the run was cut already.
@@ -108,6 +116,7 @@ mod tests {
         dog.command(Some(child.id() as i32));
         assert!(!child.wait().unwrap().success());
         assert!(dog.why_cut().unwrap().contains("not done within"));
+        assert!(dog.cut_at().unwrap() <= now_ns());
         assert!(!dog.command(None));
     }
 

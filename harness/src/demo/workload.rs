@@ -133,6 +133,11 @@ impl Workload<'_> {
         let in_time = self.dog.command(None);
         let mut text = String::new();
         let _ = File::open(&said)?.take(2000).read_to_string(&mut text);
+        if !in_time {
+            // Ended by the cut, so its failure says nothing.
+            println!("  {name:<20} cut short");
+            bail!("{}", self.dog.why_cut().unwrap_or_default());
+        }
         let ok = status.success();
         let seconds = start.elapsed().as_secs_f64();
         println!(
@@ -150,9 +155,6 @@ impl Workload<'_> {
             seconds,
             detail,
         });
-        if !in_time {
-            bail!("{}", self.dog.why_cut().unwrap_or_default());
-        }
         Ok(ok)
     }
 }
