@@ -3,7 +3,7 @@
 //!
 //! [`ops`]: every operation does through the mount what it does on the backing. [`identity`]: who
 //! owns what is made, what is refused. [`crash`]: the server is killed, nobody notices.
-//! [`refusals`]: what it says when it cannot serve.
+//! `points`: it is killed at chosen moments (cargo feature `crash-points`). [`refusals`]: what it says when it cannot serve.
 
 mod calls;
 mod crash;
@@ -12,6 +12,8 @@ mod ops;
 mod ops_attributes;
 mod ops_data;
 mod ops_names;
+#[cfg(feature = "crash-points")]
+mod points;
 mod refusals;
 mod served;
 mod snapshot;

@@ -149,6 +149,16 @@ impl Served {
         Served::with(scratch, &[], options)
     }
 
+    /// The same with variables in the environment of every instance.
+    #[cfg(feature = "crash-points")]
+    pub fn with_variables(scratch: Scratch, variables: &[(&str, &str)]) -> Served {
+        let assignments: Vec<String> = variables.iter().map(|(n, v)| format!("{n}={v}")).collect();
+        let wrapper: Vec<&str> = std::iter::once("env")
+            .chain(assignments.iter().map(String::as_str))
+            .collect();
+        Served::with(scratch, &wrapper, &[])
+    }
+
     fn with(scratch: Scratch, wrapper: &[&str], options: &[&str]) -> Served {
         let dir = tempfile::tempdir().unwrap();
         let mnt = dir.path().join("mnt");

@@ -12,8 +12,9 @@ use std::time::Duration;
 use rust_fuse_notify::std::state::{Config, Slot, State};
 use rust_fuse_notify::std::wire::{Identity, FUSE_UNIQUE_RESEND};
 
+use crate::crash_points::{die_at, points_of};
+
 use super::backing::Backing;
-use super::crash::die_at;
 use super::creds::Caller;
 use super::graveyard::Graveyard;
 use super::make::Thing;
@@ -55,11 +56,7 @@ struct Case {
     /// The kernel knows these, as it does of everything that it asks to change.
     known: &'static [&'static str],
     act: fn(&Server, u64) -> Res<()>,
-    /// Beyond those of every change.
-    points: &'static [&'static str],
 }
-
-const EVERY: &[&str] = &["after the intent", "after the change", "after the outcome"];
 
 /// The request was answered.
 fn finish<T>((_, slot): (T, Option<Slot<'_>>)) {
@@ -89,7 +86,6 @@ const CASES: &[Case] = &[
                 .make(unique, ME, (ROOT, s("new")), 0o22, &thing)
                 .map(finish)
         },
-        points: &[],
     },
     Case {
         name: "mknod",
@@ -103,7 +99,6 @@ const CASES: &[Case] = &[
                 .make(unique, ME, (ROOT, s("new")), 0, &thing)
                 .map(finish)
         },
-        points: &[],
     },
     Case {
         name: "symlink",
@@ -116,7 +111,6 @@ const CASES: &[Case] = &[
                 .make(unique, ME, (ROOT, s("new")), 0, &thing)
                 .map(finish)
         },
-        points: &[],
     },
     Case {
         name: "create",
@@ -127,7 +121,6 @@ const CASES: &[Case] = &[
                 .create(unique, ME, (ROOT, s("new")), (0o640, 0), flags)
                 .map(finish)
         },
-        points: &["after the handle"],
     },
     Case {
         name: "link",
@@ -137,73 +130,61 @@ const CASES: &[Case] = &[
                 .link(unique, node(server, "one"), (ROOT, s("new")))
                 .map(finish)
         },
-        points: &[],
     },
     Case {
         name: "unlink of the last name",
         known: &["one"],
         act: |server, unique| server.remove(unique, (ROOT, s("one")), false).map(finish),
-        points: &[],
     },
     Case {
         name: "unlink of one of two names",
         known: &["two"],
         act: |server, unique| server.remove(unique, (ROOT, s("two")), false).map(finish),
-        points: &[],
     },
     Case {
         name: "unlink of what the kernel does not hold",
         known: &[],
         act: |server, unique| server.remove(unique, (ROOT, s("one")), false).map(finish),
-        points: &[],
     },
     Case {
         name: "rmdir",
         known: &["empty"],
         act: |server, unique| server.remove(unique, (ROOT, s("empty")), true).map(finish),
-        points: &["after the burial"],
     },
     Case {
         name: "rename",
         known: &["one"],
         act: |server, unique| rename(server, unique, "one", "new", 0),
-        points: &[],
     },
     Case {
         name: "rename of a directory",
         known: &["full"],
         act: |server, unique| rename(server, unique, "full", "new", libc::RENAME_NOREPLACE),
-        points: &[],
     },
     Case {
         name: "rename over the last name",
         known: &["one", "two"],
         act: |server, unique| rename(server, unique, "two", "one", 0),
-        points: &["after the spare name"],
     },
     Case {
         name: "rename over one of two names",
         known: &["one", "two"],
         act: |server, unique| rename(server, unique, "one", "two", 0),
-        points: &[],
     },
     Case {
         name: "rename between two names of a file",
         known: &["two", "two-too"],
         act: |server, unique| rename(server, unique, "two", "two-too", 0),
-        points: &[],
     },
     Case {
         name: "rename over an empty directory",
         known: &["full", "empty"],
         act: |server, unique| rename(server, unique, "full", "empty", 0),
-        points: &["after the exchange", "after the burial"],
     },
     Case {
         name: "exchange",
         known: &["one", "full"],
         act: |server, unique| rename(server, unique, "one", "full", libc::RENAME_EXCHANGE),
-        points: &[],
     },
     Case {
         name: "setxattr with CREATE",
@@ -214,7 +195,6 @@ const CASES: &[Case] = &[
             let set = server.set_xattr(unique, node(server, "one"), name, b"1", flags);
             set.map(|slot| finish(((), slot)))
         },
-        points: &[],
     },
     Case {
         name: "removexattr",
@@ -223,7 +203,6 @@ const CASES: &[Case] = &[
             let removed = server.remove_xattr(unique, node(server, "one"), s("trusted.old"));
             removed.map(|slot| finish(((), slot)))
         },
-        points: &[],
     },
 ];
 
@@ -275,7 +254,8 @@ fn tree(dir: &Path) -> Vec<String> {
     lines
 }
 
-fn run(case: &Case, at: Option<&'static str>, restarts: u32, resend: bool) -> Vec<String> {
+/// What is left when a server ran a case to its end, and the points it passed.
+fn undisturbed(case: &Case) -> (Vec<String>, Vec<&'static str>) {
     let dir = tempfile::tempdir().unwrap();
     lay_out(dir.path());
     let memfd = State::create_memfd().unwrap();
@@ -283,31 +263,38 @@ fn run(case: &Case, at: Option<&'static str>, restarts: u32, resend: bool) -> Ve
     for name in case.known {
         server.lookup(ROOT, s(name)).unwrap();
     }
-    let Some(at) = at else {
-        (case.act)(&server, ID).unwrap_or_else(|e| panic!("{}: {e}", case.name));
-        return tree(dir.path());
-    };
-    if let Err(result) = die_at(at, || (case.act)(&server, ID)) {
-        panic!(
-            "{} ended with {result:?} and never got to {at:?}",
-            case.name
-        );
+    let (points, result) = points_of(|| (case.act)(&server, ID));
+    result.unwrap_or_else(|e| panic!("{}: {e}", case.name));
+    (tree(dir.path()), points)
+}
+
+/// What is left when the server dies at point number `at`, `restarts` instances resolve what it left (all but the last
+/// die when they have), and the request is resent or not.
+fn run(case: &Case, at: usize, restarts: u32, resend: bool) -> Vec<String> {
+    let dir = tempfile::tempdir().unwrap();
+    lay_out(dir.path());
+    let memfd = State::create_memfd().unwrap();
+    let server = instance(dir.path(), &memfd);
+    for name in case.known {
+        server.lookup(ROOT, s(name)).unwrap();
     }
+    let point = die_at(at, || (case.act)(&server, ID))
+        .unwrap_or_else(|result| panic!("{} ended with {result:?}, no point {at}", case.name));
     drop(server);
     for n in 1..restarts {
         let server = instance(dir.path(), &memfd);
         server
             .resolve_journal()
-            .unwrap_or_else(|e| panic!("{} {at:?} {n}: {e}", case.name));
+            .unwrap_or_else(|e| panic!("{} {point} {n}: {e}", case.name));
     }
     let server = instance(dir.path(), &memfd);
     server.resolve_journal().unwrap();
     if resend {
         (case.act)(&server, RESENT)
-            .unwrap_or_else(|e| panic!("{}, dead {at:?}, resent: {e}", case.name));
+            .unwrap_or_else(|e| panic!("{}, dead at {at} {point}, resent: {e}", case.name));
         assert!(
             server.state.journal().unresolved().is_empty(),
-            "{}, dead {at:?}: something is left in the journal",
+            "{}, dead at {at} {point}: something is left in the journal",
             case.name
         );
     }
@@ -328,11 +315,16 @@ fn a_resent_change_takes_effect_exactly_once_wherever_the_server_died() {
         return;
     }
     for case in CASES {
-        let want = run(case, None, 0, false);
-        for at in EVERY.iter().chain(case.points) {
+        let (want, points) = undisturbed(case);
+        assert!(points.len() > 4, "{}: {points:?}", case.name);
+        for (at, point) in points.iter().enumerate() {
             for restarts in [1, 2] {
-                let got = run(case, Some(at), restarts, true);
-                assert_eq!(got, want, "{}, dead {at:?}, {restarts} restarts", case.name);
+                let got = run(case, at, restarts, true);
+                assert_eq!(
+                    got, want,
+                    "{}, dead at {at} of {points:?}, {point}, {restarts} restarts",
+                    case.name
+                );
             }
         }
     }
@@ -344,17 +336,17 @@ fn a_change_that_nobody_waits_for_any_more_is_whole_or_not_there() {
         return;
     }
     for case in CASES {
-        let done = run(case, None, 0, false);
+        let (done, points) = undisturbed(case);
         let idle = Case {
             act: |_, _| Ok(()),
             ..*case
         };
-        let undone = run(&idle, None, 0, false);
-        for at in EVERY.iter().chain(case.points) {
-            let got = run(case, Some(at), 1, false);
+        let (undone, _) = undisturbed(&idle);
+        for (at, point) in points.iter().enumerate() {
+            let got = run(case, at, 1, false);
             assert!(
                 got == done || got == undone,
-                "{}, dead {at:?}: neither before nor after but {got:#?}\nbefore {undone:#?}\nafter {done:#?}",
+                "{}, dead at {at}, {point}: neither before nor after but {got:#?}\nbefore {undone:#?}\nafter {done:#?}",
                 case.name
             );
         }
@@ -375,7 +367,13 @@ fn a_new_request_is_not_taken_for_an_old_one() {
             .make(unique, ME, (ROOT, s("new")), 0, &thing)
             .map(finish)
     };
-    die_at("after the outcome", || make(&server, ID)).unwrap();
+    let outcome = {
+        let dir = tempfile::tempdir().unwrap();
+        let server = instance(dir.path(), &State::create_memfd().unwrap());
+        let (points, _) = points_of(|| make(&server, ID));
+        points.iter().position(|p| *p == "outcome").unwrap()
+    };
+    die_at(outcome, || make(&server, ID)).unwrap();
     drop(server);
     let server = instance(dir.path(), &memfd);
     server.resolve_journal().unwrap();

@@ -16,24 +16,26 @@ use fuser::{
     Request, TimeOrNow, WriteFlags,
 };
 use nix::errno::Errno;
-use rust_fuse_notify::std::state::Slot;
 use rust_fuse_notify::std::wire::FUSE_RESTARTABLE;
 use zerocopy::IntoBytes;
 
+use crate::crash_points::begin;
+
+use super::answer::{answered, empty, empty_kept};
 use super::attr::Change;
 use super::creds::Caller;
 use super::make::{target, Created, Thing};
-use super::nodes::{Entry, ROOT};
+use super::nodes::ROOT;
 use super::server::Server;
-use super::sys::{self, Res};
-use super::wire::{attr_out, Attr, OpenOut};
+use super::sys;
+use super::wire::OpenOut;
 
 /// The largest read and write, as in the kernel's own default limit of 256 pages.
 const MAX_WRITE: u32 = 1 << 20;
 
 pub struct Passthrough(pub Arc<Server>);
 
-fn errno(e: Errno) -> fuser::Errno {
+pub fn errno(e: Errno) -> fuser::Errno {
     fuser::Errno::from_i32(e as i32)
 }
 
@@ -41,85 +43,6 @@ fn caller(req: &Request) -> Caller {
     Caller {
         uid: req.uid(),
         gid: req.gid(),
-    }
-}
-
-/// The request was answered: nobody will ask again.
-fn answered(slot: Option<Slot<'_>>) {
-    if let Some(slot) = slot {
-        slot.done();
-    }
-}
-
-fn empty(reply: ReplyEmpty, result: Res<()>) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(e) => reply.error(errno(e)),
-    }
-}
-
-fn empty_kept(reply: ReplyEmpty, result: Res<Option<Slot<'_>>>) {
-    match result {
-        Ok(slot) => {
-            reply.ok();
-            answered(slot);
-        }
-        Err(e) => reply.error(errno(e)),
-    }
-}
-
-impl Passthrough {
-    /// Answers by hand what fuser cannot say, see [`super::wire`]. fuser's own reply is leaked (a
-    /// counter, no memory): dropping it would answer the request once more, with an error.
-    fn raw<R>(&self, req: &Request, reply: R, parts: &[&[u8]]) -> bool {
-        std::mem::forget(reply);
-        match self.0.device.reply(req.unique().0, parts) {
-            Ok(()) => true,
-            Err(e) => {
-                // Unmounted or aborted, or another instance was declared.
-                tracing::warn!(
-                    "nobody took the answer to {:#x}: {}",
-                    req.unique().0,
-                    e.desc()
-                );
-                false
-            }
-        }
-    }
-
-    fn entry(&self, req: &Request, reply: ReplyEntry, result: Res<(Entry, Option<Slot<'_>>)>) {
-        match result {
-            Ok((entry, slot)) => {
-                if self.raw(req, reply, &[self.0.entry_out(&entry).as_bytes()]) {
-                    answered(slot);
-                } else {
-                    self.0.forget(entry.nodeid, 1);
-                }
-            }
-            Err(e) => reply.error(errno(e)),
-        }
-    }
-
-    fn attr(&self, req: &Request, reply: ReplyAttr, result: Res<Attr>) {
-        match result {
-            Ok(attr) => {
-                self.raw(
-                    req,
-                    reply,
-                    &[attr_out(attr, self.0.opts.timeout).as_bytes()],
-                );
-            }
-            Err(e) => reply.error(errno(e)),
-        }
-    }
-
-    fn xattr(reply: ReplyXattr, size: u32, get: impl Fn(&mut [u8]) -> Res<usize>) {
-        let mut buf = vec![0; size as usize];
-        match get(&mut buf) {
-            Ok(n) if size == 0 => reply.size(n as u32),
-            Ok(n) => reply.data(&buf[..n]),
-            Err(e) => reply.error(errno(e)),
-        }
     }
 }
 
@@ -158,15 +81,18 @@ impl fuser::Filesystem for Passthrough {
     }
 
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _request = begin("lookup");
         let entry = self.0.lookup(parent.0, name);
         self.entry(req, reply, entry.map(|e| (e, None)));
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        let _request = begin("forget");
         self.0.forget(ino.0, nlookup);
     }
 
     fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let _request = begin("getattr");
         self.attr(req, reply, self.0.attr(ino.0));
     }
 
@@ -188,6 +114,7 @@ impl fuser::Filesystem for Passthrough {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        let _request = begin("setattr");
         let fh = fh.map(|fh| fh.0);
         let change = Change {
             mode,
@@ -202,6 +129,7 @@ impl fuser::Filesystem for Passthrough {
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        let _request = begin("readlink");
         match self
             .0
             .node_fd(ino.0)
@@ -222,6 +150,7 @@ impl fuser::Filesystem for Passthrough {
         rdev: u32,
         reply: ReplyEntry,
     ) {
+        let _request = begin("mknod");
         let thing = Thing::Node { mode, rdev };
         let made = self
             .0
@@ -238,6 +167,7 @@ impl fuser::Filesystem for Passthrough {
         umask: u32,
         reply: ReplyEntry,
     ) {
+        let _request = begin("mkdir");
         let thing = Thing::Dir { mode };
         let made = self
             .0
@@ -246,6 +176,7 @@ impl fuser::Filesystem for Passthrough {
     }
 
     fn symlink(&self, req: &Request, parent: INodeNo, name: &OsStr, to: &Path, reply: ReplyEntry) {
+        let _request = begin("symlink");
         let made = target(to).and_then(|target| {
             let thing = Thing::Symlink { target: &target };
             self.0
@@ -255,11 +186,13 @@ impl fuser::Filesystem for Passthrough {
     }
 
     fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _request = begin("unlink");
         let removed = self.0.remove(req.unique().0, (parent.0, name), false);
         empty_kept(reply, removed.map(|((), slot)| slot));
     }
 
     fn rmdir(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _request = begin("rmdir");
         let removed = self.0.remove(req.unique().0, (parent.0, name), true);
         empty_kept(reply, removed.map(|((), slot)| slot));
     }
@@ -274,17 +207,20 @@ impl fuser::Filesystem for Passthrough {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
+        let _request = begin("rename");
         let (from, to) = ((parent.0, name), (newparent.0, newname));
         let renamed = self.0.rename(req.unique().0, from, to, flags.bits());
         empty_kept(reply, renamed.map(|((), slot)| slot));
     }
 
     fn link(&self, req: &Request, ino: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _request = begin("link");
         let linked = self.0.link(req.unique().0, ino.0, (parent.0, name));
         self.entry(req, reply, linked);
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let _request = begin("open");
         match self.0.open(req.unique().0, ino.0, flags.0) {
             Ok(fh) => reply.opened(FileHandle(fh), FopenFlags::empty()),
             Err(e) => reply.error(errno(e)),
@@ -301,6 +237,7 @@ impl fuser::Filesystem for Passthrough {
         flags: i32,
         reply: ReplyCreate,
     ) {
+        let _request = begin("create");
         let unique = req.unique().0;
         let created = self
             .0
@@ -335,6 +272,7 @@ impl fuser::Filesystem for Passthrough {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let _request = begin("read");
         let mut buf = vec![0; size.min(MAX_WRITE) as usize];
         let read = self.0.file(ino.0, fh.0);
         match read.and_then(|fd| sys::read_full_at(fd.as_fd(), &mut buf, offset)) {
@@ -355,6 +293,7 @@ impl fuser::Filesystem for Passthrough {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let _request = begin("write");
         let file = self.0.file(ino.0, fh.0);
         match file.and_then(|fd| sys::write_full_at(fd.as_fd(), data, offset)) {
             Ok(n) => reply.written(n as u32),
@@ -363,6 +302,7 @@ impl fuser::Filesystem for Passthrough {
     }
 
     fn flush(&self, _: &Request, ino: INodeNo, fh: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        let _request = begin("flush");
         empty(reply, self.0.flush(ino.0, fh.0));
     }
 
@@ -376,16 +316,19 @@ impl fuser::Filesystem for Passthrough {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        let _request = begin("release");
         self.0.close(fh.0);
         reply.ok();
     }
 
     fn fsync(&self, _: &Request, ino: INodeNo, fh: FileHandle, data: bool, reply: ReplyEmpty) {
+        let _request = begin("fsync");
         let file = self.0.file(ino.0, fh.0);
         empty(reply, file.and_then(|fd| sys::fsync(fd.as_fd(), data)));
     }
 
     fn opendir(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        let _request = begin("opendir");
         match self.0.open_dir(req.unique().0, ino.0) {
             Ok(fh) => reply.opened(FileHandle(fh), FopenFlags::empty()),
             Err(e) => reply.error(errno(e)),
@@ -400,6 +343,7 @@ impl fuser::Filesystem for Passthrough {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
+        let _request = begin("readdir");
         let read = self
             .0
             .read_dir(ino.0, fh.0, offset, |ino, off, kind, name| {
@@ -419,6 +363,7 @@ impl fuser::Filesystem for Passthrough {
         offset: u64,
         reply: ReplyDirectoryPlus,
     ) {
+        let _request = begin("readdirplus");
         match self.0.read_dir_plus(ino.0, fh.0, offset) {
             Ok((buf, counted)) => {
                 if !self.raw(req, reply, &[buf.bytes()]) {
@@ -437,16 +382,19 @@ impl fuser::Filesystem for Passthrough {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
+        let _request = begin("releasedir");
         self.0.close(fh.0);
         reply.ok();
     }
 
     fn fsyncdir(&self, _: &Request, ino: INodeNo, fh: FileHandle, data: bool, reply: ReplyEmpty) {
+        let _request = begin("fsyncdir");
         let dir = self.0.file(ino.0, fh.0);
         empty(reply, dir.and_then(|fd| sys::fsync(fd.as_fd(), data)));
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        let _request = begin("statfs");
         match sys::fstatvfs(self.0.backing.root()) {
             Ok(st) => reply.statfs(
                 st.f_blocks,
@@ -472,6 +420,7 @@ impl fuser::Filesystem for Passthrough {
         _position: u32,
         reply: ReplyEmpty,
     ) {
+        let _request = begin("setxattr");
         empty_kept(
             reply,
             self.0.set_xattr(req.unique().0, ino.0, name, value, flags),
@@ -479,18 +428,22 @@ impl fuser::Filesystem for Passthrough {
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let _request = begin("getxattr");
         Self::xattr(reply, size, |buf| self.0.get_xattr(ino.0, name, buf));
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        let _request = begin("listxattr");
         Self::xattr(reply, size, |buf| self.0.list_xattr(ino.0, buf));
     }
 
     fn removexattr(&self, req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _request = begin("removexattr");
         empty_kept(reply, self.0.remove_xattr(req.unique().0, ino.0, name));
     }
 
     fn access(&self, req: &Request, ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
+        let _request = begin("access");
         let allowed = self
             .0
             .node_fd(ino.0)
@@ -508,6 +461,7 @@ impl fuser::Filesystem for Passthrough {
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        let _request = begin("fallocate");
         let file = self.0.file(ino.0, fh.0);
         empty(
             reply,
@@ -524,6 +478,7 @@ impl fuser::Filesystem for Passthrough {
         whence: i32,
         reply: ReplyLseek,
     ) {
+        let _request = begin("lseek");
         let file = self.0.file(ino.0, fh.0);
         match file.and_then(|fd| sys::lseek(fd.as_fd(), offset, whence)) {
             Ok(at) => reply.offset(at),
@@ -544,6 +499,7 @@ impl fuser::Filesystem for Passthrough {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
+        let _request = begin("copy_file_range");
         let (from, to) = (
             (ino_in.0, fh_in.0, offset_in),
             (ino_out.0, fh_out.0, offset_out),

@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 use rust_fuse_notify::std::state::FileHandle;
 
-use super::sys::Res;
+use super::sys::{self, Res};
 
 /// What the kernel allows at most (`MAX_HANDLE_SZ`).
 pub const MAX_BYTES: usize = FileHandle::MAX;
@@ -47,7 +47,7 @@ impl Handle {
         };
         let mut mount = 0;
         // SAFETY: `raw` has the layout of struct file_handle followed by the room its `len` claims.
-        Errno::result(unsafe {
+        sys::after("name_to_handle_at", unsafe {
             libc::name_to_handle_at(
                 dir.as_raw_fd(),
                 name.as_ptr(),
@@ -71,7 +71,7 @@ impl Handle {
         };
         raw.bytes[..bytes.len()].copy_from_slice(bytes);
         // SAFETY: as in `get`; the call only reads the handle.
-        let fd = Errno::result(unsafe {
+        let fd = sys::after("open_by_handle_at", unsafe {
             libc::open_by_handle_at(
                 mount.as_raw_fd(),
                 (&raw mut raw).cast::<libc::file_handle>(),

@@ -8,7 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use nix::errno::Errno;
 use rust_fuse_notify::std::state::{HandleKind, Slot};
 
-use super::crash;
+use crate::crash_points;
+
 use super::creds::Caller;
 use super::intent::{Intent, Place};
 use super::nodes::Entry;
@@ -163,7 +164,7 @@ impl Server {
             Some(fh) => Ok(fh),
             None => self.new_handle(unique, entry.nodeid, flags, HandleKind::File, fd),
         };
-        crash::point("after the handle");
+        crash_points::reach("handle");
         match fh {
             Ok(fh) => Ok(Created { entry, fh }),
             Err(e) => {

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `serve passthrough`: a directory of another file system, served so that it survives its server.
 //!
-//! The map: [`fs`] is fuser's trait and says what is answered; [`nodes`], [`make`], [`remove`],
+//! The map: [`fs`] is fuser's trait, [`answer`] gives the answers; [`nodes`], [`make`], [`remove`],
 //! [`attr`] and [`open`] are the operations; [`server`] is what they share. [`intent`] says what
 //! the journal remembers of a change, [`recover`] what a new instance does with it.
 //! [`graveyard`] keeps what has lost its name. [`backing`], [`handle`], [`dents`], [`creds`],
 //! [`sys`] talk to the backing file system, [`wire`] to the kernel where fuser cannot.
 
+mod answer;
 mod attr;
 mod backing;
-mod crash;
 #[cfg(test)]
 mod crash_tests;
 mod creds;
@@ -42,6 +42,7 @@ use rust_fuse_notify::std::listen;
 use rust_fuse_notify::std::state::{Config, State};
 use rust_fuse_notify::std::wire::Identity;
 
+use crate::crash_points;
 use backing::Backing;
 use graveyard::Graveyard;
 use recover::Recovery;
@@ -87,6 +88,8 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    #[cfg(feature = "crash-points")]
+    tracing::warn!("built with crash points, for tests only: it may kill itself when told to");
     let path = backing::resolved(&args.backing);
     let shown = path.display();
     let nofile = backing::raise_nofile();
@@ -132,11 +135,14 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     config.n_threads = Some(usize::from(args.threads));
     config.clone_fd = args.clone_fd;
     let filesystem = fs::Passthrough(server.clone());
+    let recovery = crash_points::begin(if first { "adopt" } else { "recover" });
     let adopted = Adopt::new(inherited.device, state)
         .run(&mut Recovery::new(server.clone()), |fd| {
+            crash_points::reach("init");
             Session::from_fd(filesystem, fd, SessionACL::All, config)
         })
         .with_context(|| format!("cannot take over the mount of {shown}"))?;
+    drop(recovery);
     match &adopted.how {
         How::First(support) => tracing::info!("serving {shown} ({support:?})"),
         How::Recovered { report, took } => tracing::info!(

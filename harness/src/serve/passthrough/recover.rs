@@ -10,6 +10,8 @@ use rust_fuse_notify::std::message::{Replay, Report};
 use rust_fuse_notify::std::state::{Keep, State, Success};
 use rust_fuse_notify::std::wire::{Attr, Identity};
 
+use crate::crash_points::reach;
+
 use super::intent::{fate_of_name, fate_of_rename, fate_of_xattr, Fate, Intent, Place, Seen};
 use super::nodes::ROOT;
 use super::server::Server;
@@ -36,10 +38,14 @@ impl Recover for Recovery {
     }
 
     fn resolve(&mut self, _state: &State) -> Result<(), ServerError> {
-        self.server.resolve_journal().map_err(Into::into)
+        reach("restarted");
+        self.server.resolve_journal()?;
+        reach("resolved");
+        Ok(())
     }
 
     fn replay(&mut self, state: &State, replay: &Replay) -> Result<Attr, i32> {
+        reach("replay");
         let attr = self
             .server
             .confirmed(replay.nodeid, replay.generation)
@@ -61,6 +67,7 @@ impl Recover for Recovery {
     }
 
     fn finish(&mut self, state: &State, report: Option<&Report>) -> Result<(), ServerError> {
+        reach("reported");
         if let Some(report) = report {
             // An owed outcome names no node here: its resend looks the name up again.
             let settled = state.settle(report, |_| Keep::Drop);
@@ -75,7 +82,9 @@ impl Recover for Recovery {
                 settled.outcomes_dropped
             );
         }
+        reach("settled");
         self.server.sweep_graves();
+        reach("swept");
         tracing::info!("{} nodes in the table", state.nodes().len());
         Ok(())
     }
@@ -125,12 +134,14 @@ impl Server {
                 ));
             };
             tracing::debug!("request {id:#x} {intent:?}: {fate:?}");
+            reach("decided");
             match fate {
                 Fate::Undone => slot.cancel(),
                 Fate::Done | Fate::Bury => slot
                     .outcome(&Ok(Success::default()))
                     .map_err(|e| format!("journal entry {id:#x}: {e}"))?,
             }
+            reach("resolved-one");
         }
         Ok(())
     }

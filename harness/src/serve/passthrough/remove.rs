@@ -10,7 +10,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use rust_fuse_notify::std::state::Slot;
 
-use super::crash;
 use super::graveyard::is_empty;
 use super::handle::Handle;
 use super::intent::{Intent, Place};
@@ -115,7 +114,6 @@ impl Server {
         if self.yard.bury(victim.nodeid, parent, name).is_err() {
             return sys::rmdir_at(parent, name);
         }
-        crash::point("after the burial");
         if !victim.is_empty()? {
             // Somebody added to it in the backing, behind our back: nothing may get lost.
             self.yard.exhume(victim.nodeid, parent, name)?;
@@ -187,7 +185,6 @@ impl Server {
             );
             return rename();
         }
-        crash::point("after the spare name");
         match rename() {
             Ok(()) => {
                 self.yard.note(target.nodeid);
@@ -214,7 +211,6 @@ impl Server {
         if sys::rename_at(from, name, to, newname, libc::RENAME_EXCHANGE).is_err() {
             return plain(); // not offered by every file system
         }
-        crash::point("after the exchange");
         match self.bury_dir(target, from, name) {
             Ok(()) => Ok(()),
             Err(e) => {

@@ -9,8 +9,9 @@ use nix::errno::Errno;
 use rust_fuse_notify::std::state::{HandleKind, NewHandle, Recorded, Slot, State, Success};
 use rust_fuse_notify::std::wire::FUSE_UNIQUE_RESEND;
 
+use crate::crash_points;
+
 use super::backing::Backing;
-use super::crash;
 use super::fdcache::FdCache;
 use super::graveyard::Graveyard;
 use super::handle::Handle;
@@ -75,14 +76,13 @@ impl Server {
                 tracing::error!("cannot enter request {unique:#x} in the journal: {e}");
                 Errno::EIO
             })?;
-        crash::point("after the intent");
+        crash_points::reach("intent");
         match change() {
             Ok(value) => {
-                crash::point("after the change");
                 if let Err(e) = slot.outcome(&Ok(Success::default())) {
                     tracing::error!("cannot enter the outcome of request {unique:#x}: {e}");
                 }
-                crash::point("after the outcome");
+                crash_points::reach("outcome");
                 Ok((value, slot))
             }
             Err(e) => {

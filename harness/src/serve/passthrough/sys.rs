@@ -12,7 +12,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 
 use libc::{c_char, c_int, c_void};
-use nix::errno::Errno;
+use nix::errno::{Errno, ErrnoSentinel};
+
+use crate::crash_points;
 
 pub type Res<T> = Result<T, Errno>;
 
@@ -32,12 +34,15 @@ pub fn component(name: &OsStr) -> Res<CString> {
     }
 }
 
-fn check(ret: c_int) -> Res<c_int> {
-    Errno::result(ret)
+/// The result of the system call `name`, after which the server may die.
+pub fn after<T: ErrnoSentinel + PartialEq>(name: &'static str, ret: T) -> Res<T> {
+    let result = Errno::result(ret);
+    crash_points::reach(name);
+    result
 }
 
-fn owned(ret: c_int) -> Res<OwnedFd> {
-    let fd = Errno::result(ret)?;
+fn owned(name: &'static str, ret: c_int) -> Res<OwnedFd> {
+    let fd = after(name, ret)?;
     // SAFETY: the call succeeded, so `fd` is a new descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
@@ -50,7 +55,9 @@ fn proc_path(fd: RawFd) -> CString {
 pub fn open_at(dir: BorrowedFd<'_>, name: &CStr, flags: c_int, mode: u32) -> Res<OwnedFd> {
     let flags = flags | libc::O_NOFOLLOW | libc::O_CLOEXEC;
     // SAFETY: `dir` is open and `name` is NUL-terminated for the duration of the call.
-    owned(unsafe { libc::openat(dir.as_raw_fd(), name.as_ptr(), flags, mode) })
+    owned("openat", unsafe {
+        libc::openat(dir.as_raw_fd(), name.as_ptr(), flags, mode)
+    })
 }
 
 /// Opens the file behind an `O_PATH` descriptor once more, with other flags.
@@ -58,7 +65,7 @@ pub fn reopen(fd: BorrowedFd<'_>, flags: c_int) -> Res<OwnedFd> {
     let path = proc_path(fd.as_raw_fd());
     let flags = (flags | libc::O_CLOEXEC) & !libc::O_NOFOLLOW;
     // SAFETY: `path` is NUL-terminated for the duration of the call.
-    owned(unsafe { libc::open(path.as_ptr(), flags) })
+    owned("open", unsafe { libc::open(path.as_ptr(), flags) })
 }
 
 pub fn fstat(fd: BorrowedFd<'_>) -> Res<libc::stat> {
@@ -72,7 +79,9 @@ pub fn lstat_at(dir: BorrowedFd<'_>, name: &CStr) -> Res<libc::stat> {
 fn stat_at(dir: BorrowedFd<'_>, name: &CStr, flags: c_int) -> Res<libc::stat> {
     let mut st = MaybeUninit::<libc::stat>::uninit();
     // SAFETY: `st` is large enough and written on success, which is checked before it is read.
-    check(unsafe { libc::fstatat(dir.as_raw_fd(), name.as_ptr(), st.as_mut_ptr(), flags) })?;
+    after("fstatat", unsafe {
+        libc::fstatat(dir.as_raw_fd(), name.as_ptr(), st.as_mut_ptr(), flags)
+    })?;
     // SAFETY: the call succeeded.
     Ok(unsafe { st.assume_init() })
 }
@@ -80,30 +89,41 @@ fn stat_at(dir: BorrowedFd<'_>, name: &CStr, flags: c_int) -> Res<libc::stat> {
 pub fn fstatvfs(fd: BorrowedFd<'_>) -> Res<libc::statvfs> {
     let mut st = MaybeUninit::<libc::statvfs>::uninit();
     // SAFETY: as in `stat_at`.
-    check(unsafe { libc::fstatvfs(fd.as_raw_fd(), st.as_mut_ptr()) })?;
+    after("fstatvfs", unsafe {
+        libc::fstatvfs(fd.as_raw_fd(), st.as_mut_ptr())
+    })?;
     // SAFETY: the call succeeded.
     Ok(unsafe { st.assume_init() })
 }
 
 pub fn mkdir_at(dir: BorrowedFd<'_>, name: &CStr, mode: u32) -> Res<()> {
     // SAFETY: `dir` is open and `name` NUL-terminated.
-    check(unsafe { libc::mkdirat(dir.as_raw_fd(), name.as_ptr(), mode) }).map(drop)
+    after("mkdirat", unsafe {
+        libc::mkdirat(dir.as_raw_fd(), name.as_ptr(), mode)
+    })
+    .map(drop)
 }
 
 pub fn mknod_at(dir: BorrowedFd<'_>, name: &CStr, mode: u32, rdev: libc::dev_t) -> Res<()> {
     // SAFETY: as in `mkdir_at`.
-    check(unsafe { libc::mknodat(dir.as_raw_fd(), name.as_ptr(), mode, rdev) }).map(drop)
+    after("mknodat", unsafe {
+        libc::mknodat(dir.as_raw_fd(), name.as_ptr(), mode, rdev)
+    })
+    .map(drop)
 }
 
 pub fn symlink_at(target: &CStr, dir: BorrowedFd<'_>, name: &CStr) -> Res<()> {
     // SAFETY: as in `mkdir_at`, for both strings.
-    check(unsafe { libc::symlinkat(target.as_ptr(), dir.as_raw_fd(), name.as_ptr()) }).map(drop)
+    after("symlinkat", unsafe {
+        libc::symlinkat(target.as_ptr(), dir.as_raw_fd(), name.as_ptr())
+    })
+    .map(drop)
 }
 
 /// A hard link to the open file itself, whatever name it has now.
 pub fn link_fd(file: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &CStr) -> Res<()> {
     // SAFETY: as in `mkdir_at`; the empty path with AT_EMPTY_PATH names `file`.
-    check(unsafe {
+    after("linkat", unsafe {
         libc::linkat(
             file.as_raw_fd(),
             EMPTY.as_ptr(),
@@ -117,12 +137,18 @@ pub fn link_fd(file: BorrowedFd<'_>, dir: BorrowedFd<'_>, name: &CStr) -> Res<()
 
 pub fn unlink_at(dir: BorrowedFd<'_>, name: &CStr) -> Res<()> {
     // SAFETY: as in `mkdir_at`.
-    check(unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), 0) }).map(drop)
+    after("unlinkat", unsafe {
+        libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), 0)
+    })
+    .map(drop)
 }
 
 pub fn rmdir_at(dir: BorrowedFd<'_>, name: &CStr) -> Res<()> {
     // SAFETY: as in `mkdir_at`.
-    check(unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), libc::AT_REMOVEDIR) }).map(drop)
+    after("unlinkat", unsafe {
+        libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), libc::AT_REMOVEDIR)
+    })
+    .map(drop)
 }
 
 pub fn rename_at(
@@ -144,13 +170,13 @@ pub fn rename_at(
             flags,
         )
     };
-    Errno::result(ret).map(drop)
+    after("renameat2", ret).map(drop)
 }
 
 pub fn readlink(link: BorrowedFd<'_>) -> Res<Vec<u8>> {
     let mut buf = vec![0u8; libc::PATH_MAX as usize];
     // SAFETY: the buffer is writable for its length; the empty path names `link`.
-    let n = Errno::result(unsafe {
+    let n = after("readlinkat", unsafe {
         libc::readlinkat(
             link.as_raw_fd(),
             EMPTY.as_ptr(),
@@ -164,13 +190,16 @@ pub fn readlink(link: BorrowedFd<'_>) -> Res<Vec<u8>> {
 
 pub fn chmod(fd: BorrowedFd<'_>, mode: u32) -> Res<()> {
     // SAFETY: the path is NUL-terminated. (fchmodat2 with AT_EMPTY_PATH needs Linux 6.6.)
-    check(unsafe { libc::chmod(proc_path(fd.as_raw_fd()).as_ptr(), mode) }).map(drop)
+    after("chmod", unsafe {
+        libc::chmod(proc_path(fd.as_raw_fd()).as_ptr(), mode)
+    })
+    .map(drop)
 }
 
 pub fn chown(fd: BorrowedFd<'_>, uid: Option<u32>, gid: Option<u32>) -> Res<()> {
     let (uid, gid) = (uid.unwrap_or(u32::MAX), gid.unwrap_or(u32::MAX));
     // SAFETY: `fd` is open and the empty path names it; (uid_t)-1 leaves an id as it is.
-    check(unsafe {
+    after("fchownat", unsafe {
         libc::fchownat(
             fd.as_raw_fd(),
             EMPTY.as_ptr(),
@@ -185,7 +214,7 @@ pub fn chown(fd: BorrowedFd<'_>, uid: Option<u32>, gid: Option<u32>) -> Res<()> 
 pub fn utimens(fd: BorrowedFd<'_>, times: &[libc::timespec; 2]) -> Res<()> {
     // SAFETY: two timespecs, as the call wants; the path is NUL-terminated. (utimensat with
     // AT_EMPTY_PATH needs Linux 5.8 and C libraries refuse it; the magic link does the same.)
-    check(unsafe {
+    after("utimensat", unsafe {
         libc::utimensat(
             libc::AT_FDCWD,
             proc_path(fd.as_raw_fd()).as_ptr(),
@@ -199,19 +228,25 @@ pub fn utimens(fd: BorrowedFd<'_>, times: &[libc::timespec; 2]) -> Res<()> {
 pub fn ftruncate(fd: BorrowedFd<'_>, size: u64) -> Res<()> {
     let size = i64::try_from(size).map_err(|_| Errno::EFBIG)?;
     // SAFETY: no memory is involved.
-    check(unsafe { libc::ftruncate(fd.as_raw_fd(), size) }).map(drop)
+    after("ftruncate", unsafe {
+        libc::ftruncate(fd.as_raw_fd(), size)
+    })
+    .map(drop)
 }
 
 pub fn fallocate(fd: BorrowedFd<'_>, mode: c_int, offset: u64, len: u64) -> Res<()> {
     let offset = i64::try_from(offset).map_err(|_| Errno::EFBIG)?;
     let len = i64::try_from(len).map_err(|_| Errno::EFBIG)?;
     // SAFETY: no memory is involved.
-    check(unsafe { libc::fallocate(fd.as_raw_fd(), mode, offset, len) }).map(drop)
+    after("fallocate", unsafe {
+        libc::fallocate(fd.as_raw_fd(), mode, offset, len)
+    })
+    .map(drop)
 }
 
 pub fn fsync(fd: BorrowedFd<'_>, datasync: bool) -> Res<()> {
     // SAFETY: no memory is involved.
-    check(unsafe {
+    after("fsync", unsafe {
         if datasync {
             libc::fdatasync(fd.as_raw_fd())
         } else {
@@ -223,7 +258,9 @@ pub fn fsync(fd: BorrowedFd<'_>, datasync: bool) -> Res<()> {
 
 pub fn lseek(fd: BorrowedFd<'_>, offset: i64, whence: c_int) -> Res<i64> {
     // SAFETY: no memory is involved.
-    Errno::result(unsafe { libc::lseek(fd.as_raw_fd(), offset, whence) })
+    after("lseek", unsafe {
+        libc::lseek(fd.as_raw_fd(), offset, whence)
+    })
 }
 
 /// Reads until the buffer is full or the file ends: a short read in the middle of a file would be
@@ -234,7 +271,7 @@ pub fn read_full_at(fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Res<usiz
         let at = i64::try_from(offset + done as u64).map_err(|_| Errno::EINVAL)?;
         let rest = &mut buf[done..];
         // SAFETY: `rest` is writable for its length.
-        let n = Errno::result(unsafe {
+        let n = after("pread", unsafe {
             libc::pread(
                 fd.as_raw_fd(),
                 rest.as_mut_ptr().cast::<c_void>(),
@@ -260,7 +297,7 @@ pub fn write_full_at(fd: BorrowedFd<'_>, data: &[u8], offset: u64) -> Res<usize>
         let at = i64::try_from(offset + done as u64).map_err(|_| Errno::EINVAL)?;
         let rest = &data[done..];
         // SAFETY: `rest` is readable for its length.
-        let n = Errno::result(unsafe {
+        let n = after("pwrite", unsafe {
             libc::pwrite(
                 fd.as_raw_fd(),
                 rest.as_ptr().cast::<c_void>(),
@@ -289,7 +326,7 @@ pub fn copy_file_range(
     let mut off_in = i64::try_from(offset_in).map_err(|_| Errno::EINVAL)?;
     let mut off_out = i64::try_from(offset_out).map_err(|_| Errno::EINVAL)?;
     // SAFETY: both offsets are valid for the duration of the call.
-    let n = Errno::result(unsafe {
+    let n = after("copy_file_range", unsafe {
         libc::copy_file_range(
             from.as_raw_fd(),
             &mut off_in,
@@ -305,7 +342,7 @@ pub fn copy_file_range(
 /// Fills `buf` with `linux_dirent64` records from the stream's position.
 pub fn getdents(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Res<usize> {
     // SAFETY: `buf` is writable for its length; the records are parsed as bytes.
-    let n = Errno::result(unsafe {
+    let n = after("getdents64", unsafe {
         libc::syscall(
             libc::SYS_getdents64,
             fd.as_raw_fd(),
@@ -319,7 +356,7 @@ pub fn getdents(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Res<usize> {
 pub fn get_xattr(fd: BorrowedFd<'_>, name: &CStr, buf: &mut [u8]) -> Res<usize> {
     let path = proc_path(fd.as_raw_fd());
     // SAFETY: strings are NUL-terminated, `buf` is writable for its length (0 asks for the size).
-    let n = Errno::result(unsafe {
+    let n = after("getxattr", unsafe {
         libc::getxattr(
             path.as_ptr(),
             name.as_ptr(),
@@ -333,7 +370,7 @@ pub fn get_xattr(fd: BorrowedFd<'_>, name: &CStr, buf: &mut [u8]) -> Res<usize> 
 pub fn list_xattr(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Res<usize> {
     let path = proc_path(fd.as_raw_fd());
     // SAFETY: as in `get_xattr`.
-    let n = Errno::result(unsafe {
+    let n = after("listxattr", unsafe {
         libc::listxattr(path.as_ptr(), buf.as_mut_ptr().cast::<c_char>(), buf.len())
     })?;
     Ok(n as usize)
@@ -342,7 +379,7 @@ pub fn list_xattr(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Res<usize> {
 pub fn set_xattr(fd: BorrowedFd<'_>, name: &CStr, value: &[u8], flags: c_int) -> Res<()> {
     let path = proc_path(fd.as_raw_fd());
     // SAFETY: strings are NUL-terminated, `value` is readable for its length.
-    check(unsafe {
+    after("setxattr", unsafe {
         libc::setxattr(
             path.as_ptr(),
             name.as_ptr(),
@@ -357,7 +394,10 @@ pub fn set_xattr(fd: BorrowedFd<'_>, name: &CStr, value: &[u8], flags: c_int) ->
 pub fn remove_xattr(fd: BorrowedFd<'_>, name: &CStr) -> Res<()> {
     let path = proc_path(fd.as_raw_fd());
     // SAFETY: strings are NUL-terminated.
-    check(unsafe { libc::removexattr(path.as_ptr(), name.as_ptr()) }).map(drop)
+    after("removexattr", unsafe {
+        libc::removexattr(path.as_ptr(), name.as_ptr())
+    })
+    .map(drop)
 }
 
 /// Like `access(2)`, with the thread's file system ids instead of the process's real ones.
@@ -372,7 +412,7 @@ pub fn access(fd: BorrowedFd<'_>, mask: c_int) -> Res<()> {
             libc::AT_EMPTY_PATH | libc::AT_EACCESS,
         )
     };
-    Errno::result(ret).map(drop)
+    after("faccessat2", ret).map(drop)
 }
 
 #[cfg(test)]

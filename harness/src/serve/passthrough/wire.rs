@@ -17,6 +17,8 @@ use rust_fuse_notify::std::wire::OutHeader;
 pub use rust_fuse_notify::std::wire::{Attr, AttrOut};
 use zerocopy::{Immutable, IntoBytes};
 
+use crate::crash_points;
+
 use super::sys::Res;
 
 /// `struct fuse_entry_out`
@@ -185,6 +187,7 @@ impl Device {
                 .filter(|p| !p.is_empty())
                 .map(|p| IoSlice::new(p)),
         );
+        crash_points::reach("reply");
         if !self.cloned {
             return writev(&self.fd, &iov).map(drop);
         }

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The server dies at a chosen moment (cargo feature `crash-points`), and the moment is known to have come.
+
+use std::fs;
+use std::path::Path;
+
+use crate::served::{Kind, Scratch, Served};
+
+/// Whether the table says that `name` killed, and how often it was reached; parsed as in `src/crash_points/table.rs`.
+fn seen(table: &Path, name: &str) -> Option<(u64, u64)> {
+    let bytes = fs::read(table).unwrap();
+    let word =
+        |record: &[u8], at: usize| u64::from_ne_bytes(record[at..at + 8].try_into().unwrap());
+    let record = bytes.chunks(128).find(|record| {
+        let text = String::from_utf8_lossy(&record[32..]);
+        word(record, 0) == 2 && text.trim_end_matches('\0') == name
+    })?;
+    Some((word(record, 8), word(record, 24)))
+}
+
+#[test]
+fn the_server_dies_where_it_is_told_to_and_the_request_is_answered() {
+    for (point, nth) in [
+        ("start", 1),
+        ("intent", 2),
+        ("mkdirat", 3),
+        ("outcome", 2),
+        ("answered", 2),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let table = dir.path().join("points");
+        let order = format!("mkdir:{point}:{nth}");
+        let variables = [
+            ("FUSE_RESTART_CRASH_POINTS", table.to_str().unwrap()),
+            ("FUSE_RESTART_CRASH_ARM", &order),
+        ];
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: needs root");
+            return;
+        }
+        let served = Served::with_variables(Scratch::new(Kind::Tmpfs), &variables);
+        for n in 1..=4 {
+            let at = served.mnt().join(format!("dir{n}"));
+            fs::create_dir(&at).unwrap_or_else(|e| panic!("{order}, mkdir {n}: {e}"));
+        }
+        let (reached, killed) = seen(&table, &format!("mkdir.{point}")).expect("never reached");
+        assert_eq!(killed, 1, "{order}");
+        assert!(reached >= 4, "{order}: reached {reached} times");
+        assert_eq!(served.starts(), 2, "{order}");
+        assert!(seen(&table, "recover.resolved").is_some_and(|(reached, _)| reached == 1));
+        assert_eq!(seen(&table, "mkdir.no-such-point"), None);
+    }
+}
