@@ -61,7 +61,7 @@ pub(super) struct Replay {
 // SAFETY: The arguments are `input` and `output`, with their sizes.
 unsafe impl Kind for Replay {
     fn describe(&mut self, args: &mut bindings::fuse_args) {
-        args.opcode = bindings::fuse_opcode_FUSE_GETATTR;
+        args.opcode = bindings::fuse_opcode_FUSE_GETATTR as u16;
         args.nodeid = self.nodeid;
         args.in_numargs = 1;
         args.in_args[0].size = size_of::<bindings::fuse_getattr_in>() as u32;
@@ -105,7 +105,7 @@ pub(super) struct Report {
 // SAFETY: The only argument is `input`, with its size.
 unsafe impl Kind for Report {
     fn describe(&mut self, args: &mut bindings::fuse_args) {
-        args.opcode = bindings::fuse_opcode_FUSE_NOTIFY_REPLY;
+        args.opcode = bindings::fuse_opcode_FUSE_NOTIFY_REPLY as u16;
         args.in_numargs = 1;
         args.in_args[0].size = size_of::<bindings::fuse_notify_restarted_in>() as u32;
         args.in_args[0].value = (&raw const self.input).cast::<c_void>();
