@@ -27,6 +27,7 @@ enum Command {
     /// Show the main job: a workload whose server is killed again and again
     Demo(crate::demo::Args),
     Scenario(crate::scenario::Args),
+    Fuzz(crate::fuzz::Args),
 }
 
 pub fn main() -> ExitCode {
@@ -38,6 +39,7 @@ pub fn main() -> ExitCode {
         Command::Bench(which) => crate::bench::run(&which),
         Command::Demo(args) => crate::demo::run(args),
         Command::Scenario(args) => crate::scenario::run(&args),
+        Command::Fuzz(args) => crate::fuzz::run(&args),
     };
     result.unwrap_or_else(|e| {
         eprintln!("fuse-restart: {e:#}");

@@ -6,6 +6,7 @@ mod cli;
 mod crash_points;
 mod demo;
 mod fusectl;
+mod fuzz;
 mod keep;
 mod raw;
 mod scenario;

@@ -65,6 +65,12 @@ impl Kit<'_> {
         Ok(())
     }
 
+    /// The kernel has accepted a RESTARTED that was not said through [`Kit::restarted`].
+    pub fn accepted(&mut self, cookie: u64) {
+        self.epoch = self.epoch.wrapping_add(1);
+        self.cookie = cookie;
+    }
+
     pub fn cookie(&self) -> u64 {
         self.cookie
     }

@@ -17,7 +17,7 @@ mod help;
 mod kill;
 mod replay;
 mod resend;
-mod runner;
+pub mod runner;
 mod unmount;
 
 use std::path::PathBuf;
@@ -63,7 +63,7 @@ impl Scenario {
         }
     }
 
-    fn series(
+    pub fn series(
         name: impl Into<String>,
         guards: &'static str,
         run: impl Fn(&Env<'_>) -> Result<()> + 'static,

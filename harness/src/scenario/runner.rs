@@ -31,7 +31,7 @@ use crate::raw::wire::init;
 
 #[derive(Serialize, Clone, Copy, Debug, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
-enum Verdict {
+pub enum Verdict {
     Pass,
     Fail,
     Skip,
@@ -75,18 +75,42 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
+    let seed = args.seed.unwrap_or_else(clock_seed);
+    with_env(Duration::from_secs(args.patience), seed, |env| {
+        run_chosen(args, &chosen, env)
+    })
+}
+
+/// A seed for whoever names none.
+pub fn clock_seed() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(1, |d| d.subsec_nanos().into())
+}
+
+pub fn kernel() -> Result<String> {
+    let name = nix::sys::utsname::uname()?;
+    Ok(name.release().to_string_lossy().into_owned())
+}
+
+/// Whether somebody wants the run to end.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::SeqCst)
+}
+
+/// Runs `run` in a private mount namespace, with everything that [`contained`] needs.
+pub fn with_env(
+    patience: Duration,
+    seed: u64,
+    run: impl FnOnce(&mut Env<'_>) -> Result<ExitCode>,
+) -> Result<ExitCode> {
     private_namespace().context("scenarios need root (CAP_SYS_ADMIN) for their mounts")?;
     ctl::ensure_mounted()?;
     catch_signals()?;
     let ids = SharedIds::new()?;
     let scratch = Scratch::new()?;
-    let seed = args.seed.unwrap_or_else(|| {
-        std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(1, |d| d.subsec_nanos().into())
-    });
     let mut env = Env {
-        patience: Duration::from_secs(args.patience),
+        patience,
         seed,
         support: Support::default(),
         ids: &ids,
@@ -95,10 +119,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     env.support = support(&env).context("cannot even mount a plain FUSE file system")?;
     ids.clear();
-    let kernel = nix::sys::utsname::uname()?
-        .release()
-        .to_string_lossy()
-        .into_owned();
+    run(&mut env)
+}
+
+fn run_chosen(args: &Args, chosen: &[Scenario], env: &mut Env<'_>) -> Result<ExitCode> {
+    let seed = env.seed;
+    let kernel = kernel()?;
     println!(
         "kernel {kernel}, {}, seed {seed}",
         if env.support.series {
@@ -112,8 +138,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for round in 0..args.repeat {
         // Every round another order; each is repeated alone by the seed it prints.
         env.seed = seed.wrapping_add(round.into());
-        for scenario in &chosen {
-            let outcome = one(scenario, args, &env);
+        for scenario in chosen {
+            let outcome = one(scenario, args, env);
             let text = match (outcome.verdict, outcome.reason.as_str()) {
                 (Verdict::Pass, _) => format!("PASS {} ({:.2} s)", outcome.name, outcome.seconds),
                 (Verdict::Fail, reason) => format!("FAIL {}: {reason}", outcome.name),
@@ -252,7 +278,7 @@ fn one(scenario: &Scenario, args: &Args, env: &Env<'_>) -> Outcome {
 }
 
 /// Runs the scenario in a child and cleans up behind it, whatever it does.
-fn contained(scenario: &Scenario, env: &Env<'_>, limit: Duration) -> Result<(Verdict, String)> {
+pub fn contained(scenario: &Scenario, env: &Env<'_>, limit: Duration) -> Result<(Verdict, String)> {
     env.ids.clear();
     let _ = std::io::stdout().flush();
     let (read, write) = nix::unistd::pipe().context("pipe")?;

@@ -2,6 +2,7 @@
 //! `scripts/test` and `scripts/demo`: everything in its order.
 
 pub mod demo;
+pub mod fuzz;
 pub mod scenarios;
 pub mod smoke;
 pub mod test;
