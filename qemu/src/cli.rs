@@ -28,6 +28,7 @@ enum Sub {
     Kernel(KernelArgs),
     Test(suite::test::TestArgs),
     Demo(suite::demo::DemoArgs),
+    Rfc(crate::rfc::RfcArgs),
     /// The guest's side, where the guest's init is not ours (virtme-ng).
     #[command(hide = true)]
     Guest,
@@ -148,6 +149,7 @@ pub fn run() -> Result<ExitCode> {
         Sub::Kernel(a) => a.run(&paths),
         Sub::Test(a) => suite::test::run(&paths, &a),
         Sub::Demo(a) => suite::demo::run(&paths, &a),
+        Sub::Rfc(a) => crate::rfc::run(&paths, &a),
         Sub::Guest => unreachable!("handled above"),
     }
 }

@@ -15,13 +15,16 @@ pub enum Need {
     Qemu,
     /// What tests and demo use inside a guest.
     Guest,
+    /// To check the series as it would be mailed.
+    Rfc,
 }
 
 /// A Debian package, and how to see on any system whether its content is there.
 struct Package {
     need: Need,
     name: &'static str,
-    /// A program in PATH, or a file if it begins with a slash.
+    /// A program in PATH, a file if it begins with a slash, a command of git's
+    /// or a module of Python's if it has two words.
     probe: &'static str,
 }
 
@@ -57,7 +60,6 @@ const PACKAGES: &[Package] = &[
     package(Need::Kernel, "perl", "perl"),
     package(Need::Kernel, "python3", "python3"),
     package(Need::Kernel, "git", "git"),
-    package(Need::Kernel, "sparse", "sparse"),
     package(Need::Qemu, "qemu-system-x86", "qemu-system-x86_64"),
     package(Need::Guest, "attr", "setfattr"),
     package(Need::Guest, "acl", "setfacl"),
@@ -66,6 +68,14 @@ const PACKAGES: &[Package] = &[
     package(Need::Guest, "mount", "mount"),
     package(Need::Guest, "procps", "ps"),
     package(Need::Guest, "tar", "tar"),
+    package(Need::Rfc, "sparse", "sparse"),
+    package(Need::Rfc, "rust-web-clippy", "/usr/bin/clippy-driver"),
+    package(Need::Rfc, "git-email", "git send-email"),
+    // scripts/spdxcheck.py, which checkpatch.pl runs on new files.
+    package(Need::Rfc, "python3-ply", "python3 ply"),
+    package(Need::Rfc, "python3-git", "python3 git"),
+    package(Need::Rfc, "python3-sphinx", "sphinx-build"),
+    package(Need::Rfc, "python3-yaml", "python3 yaml"),
 ];
 
 /// Sees to it that everything for `need` is installed.
@@ -147,11 +157,22 @@ fn parse_dpkg(text: &str) -> Vec<String> {
 }
 
 fn is_there(probe: &str) -> bool {
-    if probe.starts_with('/') {
-        Path::new(probe).exists()
-    } else {
-        in_path(probe)
+    match probe.split_once(' ') {
+        Some(("git", command)) => {
+            let program = format!("git-{command}");
+            let dir = output("git", &["--exec-path"]).unwrap_or_default();
+            in_path(&program) || Path::new(dir.trim()).join(&program).is_file()
+        }
+        Some((python, module)) => output(python, &["-c", &format!("import {module}")]).is_some(),
+        None if probe.starts_with('/') => Path::new(probe).exists(),
+        None => in_path(probe),
     }
+}
+
+fn output(program: &str, args: &[&str]) -> Option<String> {
+    let out = Command::new(program).args(args).output().ok()?;
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    out.status.success().then_some(text)
 }
 
 pub fn in_path(program: &str) -> bool {
@@ -182,5 +203,7 @@ mod tests {
     fn probes_look_where_they_say() {
         assert!(is_there("sh") && is_there("/proc/self/exe"));
         assert!(!is_there("no-such-program-1") && !is_there("/no/such/file"));
+        assert!(is_there("git commit") && !is_there("git no-such-command"));
+        assert!(is_there("python3 json") && !is_there("python3 no_such_module"));
     }
 }

@@ -25,7 +25,7 @@ const FORMAT: u32 = 1;
 /// Finished kernels kept of each flavor.
 const KEEP: usize = 4;
 /// Marks an object directory that a whole build has gone through.
-const COMPLETE: &str = ".complete";
+pub const COMPLETE: &str = ".complete";
 
 /// A finished kernel for exactly the present inputs, if there is one and
 /// nothing has to be set up to know.
@@ -84,6 +84,7 @@ pub fn build(paths: &Paths, flavor: Flavor) -> Result<Built> {
     config::verify(&wanted, &dot_config)?;
 
     let (target, image) = flavor.target();
+    drop_boot_image(&objects)?;
     let jobs = std::thread::available_parallelism().map_or(2, |n| n.get());
     let mut c = tools.make(&source.tree, &objects, flavor.arch());
     c.arg(format!("-j{jobs}")).arg(target);
@@ -145,11 +146,15 @@ fn fragments(paths: &Paths, flavor: Flavor) -> Result<Vec<String>> {
 
 /// The series' own symbols are asked for only if the tree has them: a series
 /// under construction may not have come that far.
-fn wanted(paths: &Paths, flavor: Flavor, source: &Source) -> Result<config::Symbols> {
-    let kconfig = fs::read_to_string(source.tree.join("fs/fuse/Kconfig")).unwrap_or_default();
+pub fn wanted(paths: &Paths, flavor: Flavor, source: &Source) -> Result<config::Symbols> {
     let mut wanted = config::merge(&fragments(paths, flavor)?);
-    wanted.retain(|s, _| !s.starts_with("CONFIG_FUSE_RESTART") || defines(&kconfig, s));
+    retain_known(&mut wanted, &source.tree);
     Ok(wanted)
+}
+
+pub fn retain_known(wanted: &mut config::Symbols, tree: &Path) {
+    let kconfig = fs::read_to_string(tree.join("fs/fuse/Kconfig")).unwrap_or_default();
+    wanted.retain(|s, _| !s.starts_with("CONFIG_FUSE_RESTART") || defines(&kconfig, s));
 }
 
 fn defines(kconfig: &str, symbol: &str) -> bool {
@@ -175,12 +180,17 @@ fn adopt_sibling(objects: &Path, flavor: Flavor) -> Result<()> {
         "starting from the objects of the {} kernel",
         flavor.sibling().map_or("", Flavor::name)
     ));
+    copy_objects(&donor, objects)
+}
+
+/// Objects of another directory, ready for make but not taken for complete.
+pub fn copy_objects(donor: &Path, objects: &Path) -> Result<()> {
     let part = objects.with_extension("part");
     let _ = fs::remove_dir_all(&part);
     let _ = fs::remove_dir_all(objects);
     let status = Command::new("cp")
         .args(["-a", "--reflink=auto"])
-        .arg(&donor)
+        .arg(donor)
         .arg(&part)
         .status()?;
     if !status.success() {
@@ -190,7 +200,7 @@ fn adopt_sibling(objects: &Path, flavor: Flavor) -> Result<()> {
             part.display()
         );
     }
-    rename_in_commands(&part, &donor, objects)?;
+    rename_in_commands(&part, donor, objects)?;
     // An interrupted first build must not pass for a complete one.
     fs::remove_file(part.join(COMPLETE))?;
     Ok(fs::rename(&part, objects)?)
@@ -217,6 +227,19 @@ fn rename_in_commands(dir: &Path, from: &Path, to: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// arch/x86/boot is made anew each time, which takes seconds. make(1) goes by
+/// times, and after an incremental debug build has left a bzImage that does not
+/// boot: a new kernel behind the old setup code.
+fn drop_boot_image(objects: &Path) -> Result<()> {
+    let dir = objects.join("arch/x86/boot");
+    match fs::remove_dir_all(&dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| dir.display().to_string())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn result_dir(paths: &Paths, flavor: Flavor, hash: &str) -> PathBuf {
@@ -289,7 +312,7 @@ fn prune(kernels: &Path, name: &str, keep: usize) {
     }
 }
 
-fn nice(c: Command) -> Command {
+pub fn nice(c: Command) -> Command {
     let mut n = Command::new("nice");
     n.arg(c.get_program()).args(c.get_args());
     if let Some(dir) = c.get_current_dir() {
@@ -405,6 +428,19 @@ mod tests {
             .contains_key("CONFIG_FUSE_RESTART"));
         assert!(defines("config  FUSE_RESTART", "CONFIG_FUSE_RESTART"));
         assert!(!defines("config FUSE_RESTART_KUNIT", "CONFIG_FUSE_RESTART"));
+    }
+
+    #[test]
+    fn an_old_boot_image_is_never_built_upon() {
+        let dir = tempfile::tempdir().unwrap();
+        let boot = dir.path().join("arch/x86/boot/compressed");
+        fs::create_dir_all(&boot).unwrap();
+        fs::write(boot.join("vmlinux.bin"), "old").unwrap();
+        fs::write(dir.path().join("arch/x86/head.o"), "kept").unwrap();
+        drop_boot_image(dir.path()).unwrap();
+        assert!(!dir.path().join("arch/x86/boot").exists());
+        assert!(dir.path().join("arch/x86/head.o").exists());
+        drop_boot_image(dir.path()).unwrap();
     }
 
     #[test]

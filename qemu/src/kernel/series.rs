@@ -43,7 +43,7 @@ pub fn hash(patches: &[PathBuf]) -> Result<String> {
 }
 
 /// Files a patch changes, makes or removes.
-fn touched(patch: &str) -> BTreeSet<String> {
+pub fn touched(patch: &str) -> BTreeSet<String> {
     let mut files = BTreeSet::new();
     for line in patch.lines() {
         if let Some((a, b)) = line

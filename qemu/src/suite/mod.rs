@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 /// Builds `fuse-restart`, the program that is run in the guests.
-fn build_program(paths: &Paths, release: bool) -> Result<PathBuf> {
+pub fn build_program(paths: &Paths, release: bool) -> Result<PathBuf> {
     ui::step("building fuse-restart (a minute or two the first time)");
     let mut c = Command::new("cargo");
     c.args(["build", "--locked", "--quiet", "-p", "fuse-restart"])
