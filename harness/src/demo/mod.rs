@@ -47,7 +47,7 @@ pub struct Args {
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
 
-    /// Kill the server at least so often
+    /// Kill the server at least so often (with --stock at most 8 times are asked for)
     #[arg(long, value_name = "N", default_value_t = 20)]
     kills: u32,
 
@@ -59,7 +59,7 @@ pub struct Args {
     #[arg(long)]
     stock: bool,
 
-    /// Copy so many files of the tree (default: all; with --stock 150)
+    /// Copy so many files of the tree (default: all; with --stock 80)
     #[arg(long, value_name = "N")]
     files: Option<usize>,
 
