@@ -107,7 +107,10 @@ pub fn run(paths: &Paths, args: &RfcArgs) -> Result<ExitCode> {
     if args.count {
         let counts = count::count(&tree)?;
         print!("{}", counts.table());
-        return Ok(ExitCode::from(u8::from(counts.unsafe_core() != 0)));
+        for file in counts.misplaced() {
+            println!("{file} has `unsafe`: only the ring of abstractions may");
+        }
+        return Ok(ExitCode::from(u8::from(!counts.misplaced().is_empty())));
     }
     let tools = Tools::set_up(paths)?;
     let store = store::Store::open(paths.cache_dir("rfc")?, args.fresh)?;
@@ -143,8 +146,10 @@ pub fn run(paths: &Paths, args: &RfcArgs) -> Result<ExitCode> {
             .map(|f| format!("the cover letter: {f}")),
     );
     let counts = count::count(&tree)?;
-    if counts.unsafe_core() != 0 {
-        wrong.push("there is `unsafe` in the pure core".into());
+    for file in counts.misplaced() {
+        wrong.push(format!(
+            "{file} has `unsafe`: only the ring of abstractions may"
+        ));
     }
     let recipients = mail::recipients(&tree)?;
     let rehearsal = mail::rehearse(&tree, &cover, &recipients)?;
