@@ -99,6 +99,7 @@ impl<'a> Objects<'a> {
             let donor = self.dir(BUILTIN);
             if v != BUILTIN && donor.join(build::COMPLETE).exists() {
                 build::copy_objects(&donor, &dir)?;
+                let _ = fs::remove_file(dir.join(".configured"));
             }
             fs::create_dir_all(&dir)?;
             self.configure(v, &dir)?;
@@ -115,12 +116,21 @@ impl<'a> Objects<'a> {
         let mut wanted = config::parse(&self.config(v)?);
         build::retain_known(&mut wanted, &self.source.tree);
         let fragment = dir.join("wanted.config");
-        fs::write(&fragment, config::render(&wanted))?;
+        let text = config::render(&wanted);
+        // Nothing else that a patch may touch decides what is configured.
+        let kconfig = fs::read_to_string(self.source.tree.join("fs/fuse/Kconfig"))?;
+        let (mark, state) = (dir.join(".configured"), format!("{text}\n{kconfig}"));
+        if fs::read_to_string(&mark).is_ok_and(|old| old == state) {
+            return Ok(());
+        }
+        let _ = fs::remove_file(&mark);
+        fs::write(&fragment, &text)?;
         let mut c = self.tools.make(&self.source.tree, dir, "x86_64");
         c.env("KCONFIG_ALLCONFIG", &fragment).arg("allnoconfig");
         ui::run_logged(&mut c, &self.log(v), &format!("configuring {}", v.name))?;
         let got = fs::read_to_string(dir.join(".config")).context("make left no .config")?;
-        config::verify(&wanted, &got)
+        config::verify(&wanted, &got)?;
+        Ok(fs::write(mark, state)?)
     }
 
     pub fn command(&self, v: Variant, args: &[&str]) -> Command {
