@@ -83,12 +83,8 @@ fn of_rust(text: &str) -> Rust {
         }
         n.code += 1;
         for (i, _) in code.match_indices("unsafe") {
-            let before = code[..i].chars().last();
-            let rest = &code[i + "unsafe".len()..];
-            if before.is_some_and(|c| c.is_alphanumeric() || c == '_') {
-                continue;
-            }
-            match rest.trim_start() {
+            // Longer words that contain it are followed by none of these.
+            match code[i + "unsafe".len()..].trim_start() {
                 r if r.starts_with("impl") => n.impls += 1,
                 r if r.starts_with("fn") || r.starts_with("extern") => n.functions += 1,
                 r if r.starts_with('{') => n.blocks += 1,
