@@ -12,7 +12,7 @@
 
 use super::{
     conn::{name, now, Restart},
-    flight::{Replay, Report, Slot},
+    flight::{shown, Replay, Report, Slot},
     inode::{Claim, InodeRef},
     proto::{
         phase::{Machine, Phase},
@@ -190,7 +190,7 @@ impl Engine {
 
         for index in 0..SLOTS {
             let slot = &mut state.slots[index];
-            let Some(shown) = slot.as_mut().shown() else {
+            let Some(attr) = slot.as_mut().attr() else {
                 continue;
             };
             let Some(error) = slot.as_mut().take() else {
@@ -203,15 +203,15 @@ impl Engine {
             let over = !state.machine.is_current(sent.epoch) || !self.restart.is_connected();
             let answer = match error {
                 _ if over => Answer::Over,
-                0 => Answer::Attr(shown),
+                0 => Answer::Attr(shown(&attr)),
                 _ => Answer::Error,
             };
-            self.apply(state, sent, answer);
+            self.apply(state, sent, answer, &attr);
         }
     }
 
     /// Judges an answer and acts on it.
-    fn apply(&self, state: &mut State, sent: Sent, answer: Answer) {
+    fn apply(&self, state: &mut State, sent: Sent, answer: Answer, attr: &bindings::fuse_attr) {
         let verdict = judge(sent.claim.known, answer);
         self.restart
             .trace_verdict(sent.epoch, sent.claim.nodeid, verdict);
@@ -222,7 +222,7 @@ impl Engine {
         }
         state.tally.count(verdict);
         if verdict == Verdict::Confirmed {
-            sent.inode.confirm(sent.epoch);
+            sent.inode.confirm(sent.epoch, attr);
         } else if !sent.is_root {
             sent.inode.revoke(verdict == Verdict::RevokedCounted);
         }

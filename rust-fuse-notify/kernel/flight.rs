@@ -85,14 +85,14 @@ impl Replay {
             output: bindings::fuse_attr_out::default(),
         }
     }
+}
 
-    fn shown(&self) -> Shown {
-        let attr = &self.output.attr;
-        Shown {
-            mode: attr.mode,
-            ino: attr.ino,
-            size: attr.size,
-        }
+/// The part of the attributes that a verdict needs.
+pub(super) fn shown(attr: &bindings::fuse_attr) -> Shown {
+    Shown {
+        mode: attr.mode,
+        ino: attr.ino,
+        size: attr.size,
     }
 }
 
@@ -232,12 +232,18 @@ impl Slot<Replay> {
     }
 
     /// What the server answered. To be called before [`Slot::take`].
-    pub(super) fn shown(self: Pin<&mut Self>) -> Option<Shown> {
+    pub(super) fn attr(self: Pin<&mut Self>) -> Option<bindings::fuse_attr> {
         if !self.has_landed() {
             return None;
         }
         // SAFETY: The slot is not moved, and by the type invariants it is ours.
-        Some(unsafe { self.get_unchecked_mut() }.kind.get_mut().shown())
+        Some(
+            unsafe { self.get_unchecked_mut() }
+                .kind
+                .get_mut()
+                .output
+                .attr,
+        )
     }
 }
 

@@ -81,10 +81,13 @@ impl InodeRef {
         }
     }
 
-    /// The server of `epoch` has it, with the lookup count of the claim.
-    pub(super) fn confirm(&self, epoch: u32) {
+    /// The server of `epoch` has it, with the lookup count of the claim. `attr` is what it
+    /// answered: cached data that is older is dropped when the server commits.
+    pub(super) fn confirm(&self, epoch: u32, attr: &bindings::fuse_attr) {
         // SAFETY: By the type invariants.
-        unsafe { bindings::fuse_restart_confirm(self.inode.as_ptr(), epoch) };
+        unsafe {
+            bindings::fuse_restart_confirm(self.restart.as_ptr(), self.inode.as_ptr(), epoch, attr)
+        };
     }
 
     /// Revokes it when the server commits; `counted` if the server has its lookup count.
