@@ -13,6 +13,8 @@ use super::tree::{Answer, Tree};
 use super::wire::*;
 
 const FATTR_MODE: u32 = 1 << 0;
+const FATTR_UID: u32 = 1 << 1;
+const FATTR_GID: u32 = 1 << 2;
 const FATTR_SIZE: u32 = 1 << 3;
 const RENAME_NOREPLACE: u32 = 1;
 const RENAME_EXCHANGE: u32 = 2;
@@ -58,6 +60,12 @@ impl Tree {
                 let node = self.node_mut(parent);
                 if arg.valid & FATTR_MODE != 0 {
                     node.mode = (node.mode & S_IFMT) | (arg.mode & !S_IFMT);
+                }
+                if arg.valid & FATTR_UID != 0 {
+                    node.uid = arg.uid;
+                }
+                if arg.valid & FATTR_GID != 0 {
+                    node.gid = arg.gid;
                 }
                 if arg.valid & FATTR_SIZE != 0 {
                     node.data.resize(arg.size as usize, 0);
@@ -121,6 +129,7 @@ impl Tree {
                 let arg: Rename2In = m.arg()?;
                 self.rename(m, arg.newdir, arg.flags)?
             }
+            op::OPEN | op::OPENDIR if self.no_open => Answer::Err(libc::ENOSYS),
             op::OPEN | op::OPENDIR => Answer::of(&self.open_out(parent)),
             op::READ => {
                 let arg: ReadIn = m.arg()?;
@@ -160,6 +169,7 @@ impl Tree {
             | op::SYNCFS => Answer::Ok(vec![]),
             op::SETLK | op::SETLKW => Answer::Ok(vec![]),
             op::LSEEK => Answer::of(&LseekOut { offset: 0 }),
+            op::POLL if self.no_poll => Answer::Err(libc::ENOSYS),
             op::POLL => Answer::of(&PollOut {
                 revents: 0,
                 padding: 0,
@@ -189,12 +199,27 @@ impl Tree {
                     Some(value) => Answer::Ok(value.clone()),
                 }
             }
+            op::REMOVEXATTR => match self.node_mut(parent).xattrs.remove(m.name()?) {
+                Some(_) => Answer::Ok(vec![]),
+                None => Answer::Err(libc::ENODATA),
+            },
             _ => Answer::Err(libc::ENOSYS),
         })
     }
 
     fn lookup(&self, parent: u64, name: &OsStr) -> Option<u64> {
-        self.nodes.get(&parent)?.children.get(name).copied()
+        let node = self.nodes.get(&parent)?;
+        // Asked for only by whoever has a file handle and no dentry.
+        match name.as_bytes() {
+            b"." => Some(parent),
+            b".." => self.parent_of(parent),
+            _ => node.children.get(name).copied(),
+        }
+    }
+
+    fn parent_of(&self, nodeid: u64) -> Option<u64> {
+        let has = |n: &super::tree::Node| n.children.values().any(|id| *id == nodeid);
+        self.nodes.iter().find(|(_, n)| has(n)).map(|(id, _)| *id)
     }
 
     fn entry_answer(&mut self, nodeid: u64) -> Answer {

@@ -38,6 +38,8 @@ pub struct Config {
     pub max_stack_depth: u32,
     /// Whether to answer INIT at all.
     pub answer_init: bool,
+    /// Mount options beside the usual ones.
+    pub options: &'static str,
 }
 
 impl Default for Config {
@@ -53,6 +55,7 @@ impl Default for Config {
             max_readahead: 128 << 10,
             max_stack_depth: 0,
             answer_init: true,
+            options: "",
         }
     }
 }
@@ -109,8 +112,10 @@ impl<'a> Kit<'a> {
         let mnt = nix::unistd::mkdtemp(&env.scratch.join("mnt.XXXXXX"))
             .context("no directory to mount on")?;
         let options = format!(
-            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other",
-            dev.raw()
+            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other{}{}",
+            dev.raw(),
+            if config.options.is_empty() { "" } else { "," },
+            config.options
         );
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         mount(

@@ -10,6 +10,7 @@
 //! * [`app`] and [`ops`]: the applications
 //! * [`ctl`]: what the kernel says about the connection
 
+pub mod aio;
 pub mod answer;
 pub mod app;
 pub mod ctl;
@@ -18,6 +19,7 @@ pub mod env;
 pub mod kit;
 pub mod msg;
 pub mod ops;
+pub mod rare;
 pub mod recover;
 pub mod tree;
 pub mod wait;

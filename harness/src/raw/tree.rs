@@ -19,6 +19,10 @@ pub struct Node {
     pub generation: u64,
     pub mode: u32,
     pub nlink: u32,
+    pub uid: u32,
+    pub gid: u32,
+    /// Seconds; whoever changes a file behind the kernel's back decides whether this shows it.
+    pub mtime: u64,
     pub data: Vec<u8>,
     pub children: BTreeMap<OsString, u64>,
     pub xattrs: BTreeMap<OsString, Vec<u8>>,
@@ -37,6 +41,10 @@ pub struct Tree {
     pub open_flags: u32,
     /// Whether a missing name is answered with a cacheable negative entry instead of ENOENT.
     pub cache_negative: bool,
+    /// Whether OPEN and OPENDIR are answered with ENOSYS: there are no handles.
+    pub no_open: bool,
+    /// Whether POLL is answered with ENOSYS: files are always ready.
+    pub no_poll: bool,
 }
 
 /// What to write back for one message.
@@ -71,6 +79,8 @@ impl Default for Tree {
             attr_valid: 3600,
             open_flags: 0,
             cache_negative: false,
+            no_open: false,
+            no_poll: false,
         }
     }
 }
@@ -147,6 +157,9 @@ impl Tree {
             blocks: node.data.len().div_ceil(512) as u64,
             mode: node.mode,
             nlink: node.nlink,
+            uid: node.uid,
+            gid: node.gid,
+            mtime: node.mtime,
             blksize: 4096,
             ..Default::default()
         })

@@ -15,9 +15,17 @@ mod handover;
 mod held;
 mod help;
 mod kill;
+mod lost;
 mod replay;
 mod resend;
+mod revoked;
+mod revoked_held;
+mod revoked_io;
+mod revoked_map;
 pub mod runner;
+mod stale;
+mod stale_data;
+mod survive;
 mod unmount;
 
 use std::path::PathBuf;
@@ -108,7 +116,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 13] = [
+    let families: [fn() -> Vec<Scenario>; 20] = [
         bad_input::scenarios,
         replay::scenarios,
         resend::scenarios,
@@ -122,6 +130,13 @@ fn table() -> Vec<Scenario> {
         kill::scenarios,
         unmount::scenarios,
         bad_inode::scenarios,
+        revoked::scenarios,
+        revoked_held::scenarios,
+        revoked_io::scenarios,
+        revoked_map::scenarios,
+        stale::scenarios,
+        stale_data::scenarios,
+        survive::scenarios,
     ];
     families.iter().flat_map(|family| family()).collect()
 }
