@@ -42,6 +42,7 @@ pub(super) fn replay_all<R: Recover>(
         let message = buffer.get(..len).unwrap_or_default();
         match parse(message)? {
             Message::Replay(replay) if answered > 0 || replay.nodeid == FUSE_ROOT_ID => {
+                state.saw_replay(replay.unique);
                 answer(fd, &replay, recover, state)?;
                 answered += 1;
             }

@@ -42,6 +42,7 @@ enum Op {
     Close(usize),
     Begin(u64),
     Outcome(u64),
+    Record(u64),
     Done(u64),
     DropBelow(u64),
     ReadInit,
@@ -94,6 +95,7 @@ const SCRIPT: &[Op] = {
         Forget(7),
         Remove(7),
         Lookup(8),
+        Record(16),
     ]
 };
 
@@ -157,6 +159,7 @@ fn apply(state: &State, device: &OwnedFd, op: Op) {
                 .outcome(&outcome)
                 .unwrap();
         }
+        Op::Record(id) => drop(state.journal().record(id, &Err(libc::EIO)).unwrap()),
         Op::Done(id) => state.journal().resume(id).unwrap().done(),
         Op::DropBelow(id) => drop(state.journal().drop_below(Some(id))),
         Op::ReadInit => drop(state.init().read_request(device.as_fd()).unwrap()),

@@ -28,10 +28,10 @@ pub enum StateError {
         pid: i32,
     },
     /// Not a state at all.
-    #[error("this is no state of a restartable FUSE server ({0}): pass the memfd that the last instance used, or an empty one")]
+    #[error("this is no state of a restartable FUSE server ({0}): pass the memfd that the last instance used; or unmount, and start with an empty one")]
     Foreign(&'static str),
     /// Laid out by a newer version of this crate.
-    #[error("the state has layout {found}, this server knows {ours}: start the newer server again, or unmount first")]
+    #[error("the state has layout {found}, this server knows {ours}: start the newer server again, discard the state (what applications have open fails with EIO then), or unmount")]
     Newer {
         /// Version of the layout found.
         found: u32,
@@ -39,7 +39,7 @@ pub enum StateError {
         ours: u32,
     },
     /// Laid out by an older version of this crate, which this one no longer reads.
-    #[error("the state has layout {found}, this server knows only {ours}: unmount, and start with an empty memfd")]
+    #[error("the state has layout {found}, this server knows only {ours}: start the older server again, discard the state (what applications have open fails with EIO then), or unmount")]
     Older {
         /// Version of the layout found.
         found: u32,
@@ -54,8 +54,11 @@ pub enum StateError {
         /// Identity that the server named.
         ours: Identity,
     },
+    /// A state cannot be discarded without what the kernel said in INIT and was answered.
+    #[error("nobody can go on with this memfd, for the handshake with the kernel is not in it ({0}): unmount, and mount again with an empty one")]
+    NoHandshake(&'static str),
     /// Cannot have been written by this crate.
-    #[error("the state is damaged: {what}, slot {slot} of the {table}; unmount, and start with an empty memfd")]
+    #[error("the state is damaged: {what}, slot {slot} of the {table}: discard it (what applications have open fails with EIO then), or unmount")]
     Damaged {
         /// Which table.
         table: &'static str,
@@ -85,6 +88,18 @@ pub enum StateError {
 }
 
 impl StateError {
+    /// Whether [`super::State::discard`] may help: the content is to blame, and it is not that of another file system.
+    pub fn is_discardable(&self) -> bool {
+        matches!(
+            self,
+            StateError::Foreign(_)
+                | StateError::Newer { .. }
+                | StateError::Older { .. }
+                | StateError::Damaged { .. }
+                | StateError::Capacity { .. }
+        )
+    }
+
     /// For `map_err` around a system call.
     pub(super) fn io<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> StateError {
         move |source| StateError::Io {

@@ -7,7 +7,24 @@
 //! 0x2000   the INIT request, read straight into here
 //! 0x12000  journal | handle table | node table, each from a page boundary
 //! ```
+//!
+//! # Compatibility
+//!
+//! A server is upgraded, and downgraded again, while its state lives on. So each version of this crate reads what the
+//! next one and the previous one write:
+//!
+//! 1. The *revision* may grow with every release. A new revision may give a meaning to bytes that the previous one left
+//!    zero and does not read; zero must mean "as before". It may not make a reader of the previous revision misread
+//!    anything: sizes, places and states of slots stay. So both read both, and nothing is converted.
+//! 2. What does not go that way is a new *layout*, in two releases: the first reads the new layout and still writes the
+//!    old one, the second writes the new one and still reads the old one.
+//! 3. The header page and the places of the INIT pair, at offsets 0 to 0x12000, keep their form in every layout: that
+//!    is how a layout is recognised, and what [`super::State::discard`] carries over.
+//!
+//! `compat_tests.rs` holds both against a state that the previous version wrote, and a reader of the previous version
+//! against ours. A server's own records in the journal (opcodes and arguments of intents) follow the same rule.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -17,12 +34,18 @@ use super::{handles, journal, nodes, Config, StateError};
 use crate::std::wire::Identity;
 
 /// "FUSErst" and the byte order.
-const MAGIC: u64 = u64::from_ne_bytes(*b"FUSErst\x01");
-/// Changes whenever an older server could misread what a newer one wrote.
+pub(super) const MAGIC: u64 = u64::from_ne_bytes(*b"FUSErst\x01");
+/// In its place while a state is being discarded: the INIT pair is good, nothing else is.
+pub(super) const DISCARDING: u64 = u64::from_ne_bytes(*b"FUSEdsc\x01");
+/// The layout that is written; changes as the second rule says.
 pub(super) const VERSION: u32 = 1;
+/// Layouts that are read.
+const READABLE: std::ops::RangeInclusive<u32> = 1..=1;
+/// The revision of the layout, see the first rule. 1: [`DISCARDED_BELOW_AT`].
+const REVISION: u32 = 1;
 
 /// Offset of the magic: stored last, so a state that has it is complete.
-const MAGIC_AT: usize = 0;
+pub(super) const MAGIC_AT: usize = 0;
 /// Offset of [`Fixed`].
 const FIXED_AT: usize = 8;
 /// Offset of the counter that makes nodeids and handles unique.
@@ -37,8 +60,11 @@ pub(super) const REQUEST_LEN_AT: usize = 152;
 pub(super) const REPLY_LEN_AT: usize = 160;
 /// Offset of the mark that the kernel has the reply.
 pub(super) const ANSWERED_AT: usize = 168;
+/// Offset of the id below which nothing is known of requests that a dead server had read; 0: no state was discarded.
+/// Since revision 1.
+pub(super) const DISCARDED_BELOW_AT: usize = 176;
 /// Bytes of the header, all of which are zero in an empty state.
-const HEADER_LEN: usize = 4096;
+pub(super) const HEADER_LEN: usize = 4096;
 
 /// Offset of the INIT reply.
 pub(super) const REPLY_AT: usize = 0x1000;
@@ -48,7 +74,7 @@ pub(super) const REPLY_MAX: usize = 0x1000;
 pub(super) const REQUEST_AT: usize = 0x2000;
 /// Room for the INIT request; a read of the device wants at least 8 KiB, more than the message has.
 pub(super) const REQUEST_MAX: usize = 0x10000;
-const TABLES_AT: usize = 0x12000;
+pub(super) const TABLES_AT: usize = 0x12000;
 
 /// The part of the header that never changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
@@ -56,7 +82,8 @@ const TABLES_AT: usize = 0x12000;
 struct Fixed {
     checksum: u64,
     version: u32,
-    spare: u32,
+    /// In the spare bytes of revision 0.
+    revision: u32,
     identity: [u64; 2],
     nodes: u32,
     handles: u32,
@@ -108,7 +135,7 @@ impl Layout {
         let mut fixed = Fixed {
             checksum: 0,
             version: VERSION,
-            spare: 0,
+            revision: REVISION,
             identity: identity.0,
             nodes: self.config.nodes,
             handles: self.config.handles,
@@ -120,10 +147,59 @@ impl Layout {
         fixed
     }
 
+    /// The layout that fills a file of `size` bytes, near to `config`.
+    pub(super) fn filling(config: &Config, size: u64) -> Option<Layout> {
+        let size = usize::try_from(size).ok()?;
+        let mut config = *config;
+        loop {
+            // As few nodes as possible, to see where they begin.
+            config.nodes = 2;
+            let nodes = Layout::of(&config).ok()?.nodes;
+            let slots = size
+                .checked_sub(nodes)
+                .map_or(0, |len| len / nodes::SLOT_LEN);
+            if slots >= 16 {
+                config.nodes = u32::try_from(slots).ok()?;
+                return Layout::of(&config).ok().filter(|found| found.len == size);
+            }
+            if config.handles + config.journal <= 4 {
+                return None;
+            }
+            config.handles = (config.handles / 2).max(2);
+            config.journal = (config.journal / 2).max(2);
+        }
+    }
+
     /// Makes an empty region of this layout a state of `identity`.
     pub(super) fn write(&self, region: &Region, identity: Identity) {
         region.put(FIXED_AT, &self.fixed(identity));
         region.store(STAMP_AT, 1);
+        self.finish(region);
+    }
+
+    /// Makes a used region an empty state of `identity`, but for the INIT pair; [`Layout::finish`] makes it valid.
+    pub(super) fn write_anew(
+        &self,
+        region: &Region,
+        identity: Identity,
+        stamp: u64,
+    ) -> io::Result<()> {
+        region.publish(MAGIC_AT, DISCARDING);
+        region.punch(TABLES_AT, self.len - TABLES_AT)?;
+        let kept = [REQUEST_LEN_AT, REPLY_LEN_AT, ANSWERED_AT];
+        // The stamp is never smaller than it was, also if this ends here and is begun again.
+        region.store(STAMP_AT, stamp);
+        for at in (8..HEADER_LEN).step_by(8) {
+            if at != STAMP_AT && !kept.contains(&at) {
+                region.store(at, 0);
+            }
+        }
+        region.put(FIXED_AT, &self.fixed(identity));
+        Ok(())
+    }
+
+    /// The store that makes a state of what was written.
+    pub(super) fn finish(&self, region: &Region) {
         region.publish(MAGIC_AT, MAGIC);
     }
 }
@@ -142,6 +218,8 @@ fn checksum(fixed: &Fixed) -> u64 {
 pub(super) enum Found {
     /// Nothing, or what a server left that was killed before its state was complete.
     Empty,
+    /// What a server left that was killed while it discarded a state.
+    Discarding,
     /// A complete state.
     State {
         layout: Layout,
@@ -176,19 +254,22 @@ pub(super) fn inspect(fd: BorrowedFd<'_>, size: u64) -> Result<Found, StateError
         }
         return Err(StateError::Foreign("it has no magic number"));
     }
+    if word(MAGIC_AT) == DISCARDING {
+        return Ok(Found::Discarding);
+    }
     if word(MAGIC_AT) != MAGIC {
         return Err(StateError::Foreign("its magic number is another"));
     }
     if fixed.checksum != checksum(&fixed) {
         return Err(StateError::Foreign("its checksum is wrong"));
     }
-    if fixed.version > VERSION {
+    if fixed.version > *READABLE.end() {
         return Err(StateError::Newer {
             found: fixed.version,
             ours: VERSION,
         });
     }
-    if fixed.version < VERSION {
+    if fixed.version < *READABLE.start() {
         return Err(StateError::Older {
             found: fixed.version,
             ours: VERSION,

@@ -3,6 +3,7 @@
 
 use super::tests::{node, open};
 use super::*;
+use crate::std::wire::FUSE_UNIQUE_RESEND;
 
 #[test]
 fn the_journal_evicts_outcomes_and_never_an_intent() {
@@ -104,4 +105,108 @@ fn the_journal_refuses_what_has_no_room() {
         state.journal().lookup(1),
         Some(Recorded::Outcome(Err(libc::EEXIST)))
     );
+}
+
+#[test]
+fn what_may_be_owed_is_not_evicted() {
+    let fd = State::create_memfd().unwrap();
+    let state = open(&fd).unwrap();
+    let journal = state.journal();
+    let nothing = Intent::default();
+    for id in [10, 12, 14, 16] {
+        let mut slot = journal.begin(id, &nothing).unwrap();
+        slot.outcome(&Ok(Success::default())).unwrap();
+    }
+    assert_eq!(journal.drop_below(Some(14)), 2);
+    drop(journal.begin(20, &nothing).unwrap());
+    drop(journal.begin(22, &nothing).unwrap());
+    assert_eq!(
+        journal.begin(24, &nothing).err(),
+        Some(JournalError::Full { capacity: 4 })
+    );
+    assert!(journal.lookup(14).is_some() && journal.lookup(16).is_some());
+    // Answered at last.
+    journal.resume(14).unwrap().done();
+    assert!(journal.begin(24, &nothing).is_ok());
+}
+
+#[test]
+fn a_request_that_is_in_the_journal_is_not_begun_twice() {
+    let fd = State::create_memfd().unwrap();
+    let state = open(&fd).unwrap();
+    let journal = state.journal();
+    let held = journal.begin(10, &Intent::default()).unwrap();
+    let resent = FUSE_UNIQUE_RESEND | 1 << 48 | 10;
+    let known = Some(JournalError::Known { id: 10 });
+    assert_eq!(journal.begin(resent, &Intent::default()).err(), known);
+    assert_eq!(journal.record(resent, &Err(1)).err(), known);
+    assert!(journal.resume(resent).is_none(), "another thread has it");
+    drop(held);
+    assert!(journal.resume(resent).is_some());
+}
+
+#[test]
+fn an_outcome_without_an_intent() {
+    let fd = State::create_memfd().unwrap();
+    let state = open(&fd).unwrap();
+    let outcome = Ok(Success {
+        payload: vec![1, 2, 3, 4],
+        ..Success::default()
+    });
+    drop(state.journal().record(10, &outcome).unwrap());
+    let long = Ok(Success {
+        payload: vec![0; 129],
+        ..Success::default()
+    });
+    let refused = state.journal().record(12, &long).err();
+    assert!(matches!(refused, Some(JournalError::TooLong { .. })));
+    drop(state);
+    let state = open(&fd).unwrap();
+    assert!(state.journal().unresolved().is_empty());
+    assert_eq!(state.journal().lookup(10), Some(Recorded::Outcome(outcome)));
+    assert_eq!(state.journal().lookup(12), None);
+}
+
+#[test]
+fn a_thread_keeps_to_its_slot() {
+    let fd = State::create_memfd().unwrap();
+    let config = Config {
+        journal: 1024,
+        ..super::tests::SMALL
+    };
+    let state = State::open(fd, super::tests::IDENTITY, &config).unwrap();
+    let journal = state.journal();
+    std::thread::scope(|scope| {
+        for worker in 0..3_u64 {
+            scope.spawn(move || {
+                let mut slots = std::collections::HashSet::new();
+                for n in 1..=1000 {
+                    let id = worker << 32 | n;
+                    let slot = journal.begin(id, &Intent::default()).unwrap();
+                    slots.insert(
+                        format!("{slot:?}")
+                            .rsplit("slot: ")
+                            .next()
+                            .unwrap()
+                            .to_owned(),
+                    );
+                    slot.done();
+                }
+                assert_eq!(slots.len(), 1, "{slots:?}");
+            });
+        }
+    });
+    assert!(journal.is_empty());
+}
+
+#[test]
+fn the_journal_has_its_memory_from_the_start() {
+    let fd = State::create_memfd().unwrap();
+    let config = Config {
+        journal: 512,
+        ..super::tests::SMALL
+    };
+    let _state = State::open(fd.try_clone().unwrap(), super::tests::IDENTITY, &config).unwrap();
+    let blocks = nix::sys::stat::fstat(&fd).unwrap().st_blocks as usize * 512;
+    assert!(blocks >= 512 * journal::SLOT_LEN, "{blocks}");
 }

@@ -6,28 +6,37 @@
 //! it invalid again. A server can die between any two stores, and the next instance finds a state that some
 //! completed sequence of calls would have made (plus, at most, bytes that nothing points to).
 //!
-//! The memfd is sparse. Tables have a fixed, large capacity and no place that only grows: slots are used again,
-//! lowest first, and pages of the node table that are free as a whole are given back.
+//! The memfd is sparse (but for the journal, which is allocated at once). Tables have a fixed, large capacity and no
+//! place that only grows: slots are used again, lowest first, and pages of the node table that are free as a whole are
+//! given back. Each version of this crate reads what the next and the previous one write; the rule is in `header.rs`.
 //!
 //! * [`NodeTable`]: nodeid to file, with lookup counts.
 //! * [`HandleTable`]: `fh` to file and open flags.
 //! * [`Journal`]: what must not be executed twice.
 //! * the handshake, which [`super::adopt`] plays again to every new instance.
 
+mod discard;
 mod error;
 mod handles;
 mod header;
 mod init;
 mod journal;
+mod journal_error;
 mod nodes;
 mod record;
 mod region;
 mod slots;
 
 #[cfg(test)]
+mod compat_tests;
+#[cfg(test)]
 pub(crate) mod crash_tests;
 #[cfg(test)]
+mod discard_tests;
+#[cfg(test)]
 mod journal_tests;
+#[cfg(test)]
+mod previous;
 #[cfg(test)]
 mod table_tests;
 #[cfg(test)]
@@ -42,7 +51,8 @@ use nix::sys::memfd::{memfd_create, MFdFlags};
 
 pub use error::StateError;
 pub use handles::{Handle, HandleKind, HandleTable, NewHandle};
-pub use journal::{Journal, JournalError, Slot};
+pub use journal::{Journal, Slot};
+pub use journal_error::JournalError;
 pub use nodes::{FileHandle, NewNode, Node, NodeFlags, NodeTable};
 pub use record::{Intent, IntentRecord, Outcome, Recorded, Success};
 
@@ -59,7 +69,8 @@ pub struct Config {
     pub nodes: u32,
     /// Open files and directories at one time; 64 bytes each once used.
     pub handles: u32,
-    /// Operations in flight at one time, at least as many as the server has threads; 1280 bytes each once used.
+    /// Operations in flight at one time, and outcomes that are owed from before a crash: four times as many as the
+    /// server has threads. 1280 bytes each, allocated at the start.
     pub journal: u32,
 }
 
@@ -68,7 +79,7 @@ impl Default for Config {
         Config {
             nodes: 4 << 20,
             handles: 1 << 20,
-            journal: 4096,
+            journal: 1024,
         }
     }
 }
@@ -115,6 +126,7 @@ pub struct State {
     handles: HandleTable,
     journal: Journal,
     init: InitStore,
+    region: Arc<Region>,
 }
 
 impl State {
@@ -153,6 +165,7 @@ impl State {
         lock(fd.as_fd())?;
         let found = header::inspect(fd.as_fd(), size)?;
         let layout = match found {
+            Found::Discarding => return State::discard(fd, identity, config),
             Found::Empty => Layout::of(config)?,
             Found::State {
                 identity: found, ..
@@ -175,17 +188,34 @@ impl State {
             nix::unistd::ftruncate(&fd, layout.len as i64).map_err(StateError::io("sizing"))?;
         }
         seal(fd.as_fd())?;
-        let region = Arc::new(Region::map(fd, layout.len).map_err(StateError::io("mapping"))?);
+        let region = Region::map(fd, layout.len).map_err(StateError::io("mapping"))?;
         if fresh {
             layout.write(&region, identity);
         }
+        State::on(region, layout, identity, fresh)
+    }
+
+    /// The state in a region that has one of this layout.
+    fn on(
+        region: Region,
+        layout: Layout,
+        identity: Identity,
+        fresh: bool,
+    ) -> Result<State, StateError> {
+        // An entry of the journal is made when it is too late to find out that there is no memory.
+        let journal = layout.handles - layout.journal;
+        region
+            .allocate(layout.journal, journal)
+            .map_err(StateError::io("allocating the journal of"))?;
+        let region = Arc::new(region);
         Ok(State {
             identity,
             fresh,
             nodes: NodeTable::open(region.clone(), layout.nodes, layout.config.nodes)?,
             handles: HandleTable::open(region.clone(), layout.handles, layout.config.handles)?,
             journal: Journal::open(region.clone(), layout.journal, layout.config.journal)?,
-            init: InitStore::new(region),
+            init: InitStore::new(region.clone()),
+            region,
         })
     }
 

@@ -145,6 +145,18 @@ impl Region {
         usize::try_from(got).map_err(|_| io::Error::last_os_error())
     }
 
+    /// Makes sure that there is memory; what was stored stays.
+    pub(super) fn allocate(&self, offset: usize, len: usize) -> io::Result<()> {
+        use nix::fcntl::{fallocate, FallocateFlags};
+        let nothing = FallocateFlags::empty();
+        Ok(fallocate(
+            self.fd.as_fd(),
+            nothing,
+            offset as i64,
+            len as i64,
+        )?)
+    }
+
     /// Gives the memory of whole pages back; they read as zeroes afterwards.
     pub(super) fn punch(&self, offset: usize, len: usize) -> io::Result<()> {
         use nix::fcntl::{fallocate, FallocateFlags};
