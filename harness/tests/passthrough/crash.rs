@@ -15,11 +15,11 @@ use crate::served::{wait_for, Kind, Served, KINDS};
 use crate::snapshot;
 
 /// xorshift64*: enough to choose moments, and repeatable.
-struct Random(u64);
+pub struct Random(u64);
 
 impl Random {
     /// From FUSE_RESTART_SEED if it is set; says which one it is.
-    fn new(test: &str) -> Random {
+    pub fn new(test: &str) -> Random {
         let seed = match std::env::var("FUSE_RESTART_SEED") {
             Ok(text) => text.parse().expect("FUSE_RESTART_SEED is a number"),
             Err(_) => std::time::SystemTime::now()
@@ -42,7 +42,7 @@ impl Random {
 /// Kills the server `times` times, each at a random moment after the workload has made progress.
 ///
 /// `false`: the kernel lost a request, as one without the series may, see [`Running::ok`].
-fn kill_during(
+pub fn kill_during(
     served: &Served,
     times: u64,
     random: &mut Random,
@@ -87,14 +87,14 @@ fn kill_during(
 }
 
 /// A kernel without the series gets some more chances to lose nothing.
-fn conclusively(test: impl Fn() -> bool) {
+pub fn conclusively(test: impl Fn() -> bool) {
     if !(0..8).any(|_| test()) {
         eprintln!("SKIPPED: this kernel lost a request in every one of 8 attempts");
     }
 }
 
 #[derive(Default)]
-struct Running {
+pub struct Running {
     steps: AtomicU64,
     stop: AtomicBool,
     ended: AtomicBool,
@@ -107,7 +107,7 @@ impl Running {
     ///
     /// A kernel without FUSE_NOTIFY_RESTARTED ends a request with EIO when the server is killed
     /// while it copies it, a thing that the series mends. Nothing else is excused.
-    fn ok<T>(&self, what: &str, result: std::io::Result<T>) -> T {
+    pub fn ok<T>(&self, what: &str, result: std::io::Result<T>) -> T {
         let result = result.inspect_err(|e| {
             if self.old_kernel && e.raw_os_error() == Some(libc::EIO) {
                 self.lost.store(true, Ordering::Relaxed);
@@ -118,7 +118,7 @@ impl Running {
         value
     }
 
-    fn go_on(&self) -> bool {
+    pub fn go_on(&self) -> bool {
         !self.stop.load(Ordering::Relaxed)
     }
 }
@@ -132,7 +132,7 @@ impl Drop for SetOnDrop<'_> {
 }
 
 /// One round of changes of names; every one of them must succeed, exactly once.
-fn round(dir: &Path, n: u64, running: &Running) {
+pub fn round(dir: &Path, n: u64, running: &Running) {
     let ok = |what: &str, result: std::io::Result<()>| {
         running.ok(&format!("{what} in round {n}"), result);
     };
@@ -508,7 +508,7 @@ fn a_program_runs_from_the_mount_across_a_crash() {
 }
 
 /// The last number that the server wrote before `what`, written after the `nth` line with it.
-fn said(served: &Served, what: &str, nth: usize) -> u64 {
+pub fn said(served: &Served, what: &str, nth: usize) -> u64 {
     let line = wait_for(what, || {
         let text = served.stderr();
         text.lines()

@@ -3,10 +3,13 @@
 //!
 //! [`ops`]: every operation does through the mount what it does on the backing. [`identity`]: who
 //! owns what is made, what is refused. [`crash`]: the server is killed, nobody notices.
-//! `points`: it is killed at chosen moments (cargo feature `crash-points`). [`refusals`]: what it says when it cannot serve.
+//! [`survives`]: what else lives on. `points`: it is killed at chosen moments (cargo feature
+//! `crash-points`). [`refusals`]: what it says when it cannot serve. [`discarded`]: it goes on
+//! without a state.
 
 mod calls;
 mod crash;
+mod discarded;
 mod identity;
 mod ops;
 mod ops_attributes;
@@ -17,3 +20,4 @@ mod points;
 mod refusals;
 mod served;
 mod snapshot;
+mod survives;

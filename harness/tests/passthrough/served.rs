@@ -151,12 +151,16 @@ impl Served {
 
     /// The same with variables in the environment of every instance.
     #[cfg(feature = "crash-points")]
-    pub fn with_variables(scratch: Scratch, variables: &[(&str, &str)]) -> Served {
+    pub fn with_variables(
+        scratch: Scratch,
+        variables: &[(&str, &str)],
+        options: &[&str],
+    ) -> Served {
         let assignments: Vec<String> = variables.iter().map(|(n, v)| format!("{n}={v}")).collect();
         let wrapper: Vec<&str> = std::iter::once("env")
             .chain(assignments.iter().map(String::as_str))
             .collect();
-        Served::with(scratch, &wrapper, &[])
+        Served::with(scratch, &wrapper, options)
     }
 
     fn with(scratch: Scratch, wrapper: &[&str], options: &[&str]) -> Served {

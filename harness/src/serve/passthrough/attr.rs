@@ -92,7 +92,7 @@ impl Server {
         flags: i32,
     ) -> Res<Option<Slot<'_>>> {
         let name = attribute(name)?;
-        if let Some(slot) = self.answered(unique) {
+        if let Some(slot) = self.answered(unique)? {
             return Ok(Some(slot));
         }
         let fd = self.node_fd(nodeid)?;
@@ -112,7 +112,7 @@ impl Server {
 
     pub fn remove_xattr(&self, unique: u64, nodeid: u64, name: &OsStr) -> Res<Option<Slot<'_>>> {
         let name = attribute(name)?;
-        if let Some(slot) = self.answered(unique) {
+        if let Some(slot) = self.answered(unique)? {
             return Ok(Some(slot));
         }
         let fd = self.node_fd(nodeid)?;

@@ -18,7 +18,7 @@ thread_local! {
 }
 
 /// Who asks: what `fuse_in_header` says.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Caller {
     pub uid: u32,
     pub gid: u32,

@@ -209,7 +209,9 @@ impl fuser::Filesystem for Passthrough {
     ) {
         let _request = begin("rename");
         let (from, to) = ((parent.0, name), (newparent.0, newname));
-        let renamed = self.0.rename(req.unique().0, from, to, flags.bits());
+        let renamed = self
+            .0
+            .rename(req.unique().0, caller(req), from, to, flags.bits());
         empty_kept(reply, renamed.map(|((), slot)| slot));
     }
 
@@ -462,11 +464,7 @@ impl fuser::Filesystem for Passthrough {
         reply: ReplyEmpty,
     ) {
         let _request = begin("fallocate");
-        let file = self.0.file(ino.0, fh.0);
-        empty(
-            reply,
-            file.and_then(|fd| sys::fallocate(fd.as_fd(), mode, offset, length)),
-        );
+        empty(reply, self.0.allocate(ino.0, fh.0, mode, offset, length));
     }
 
     fn lseek(
@@ -488,7 +486,7 @@ impl fuser::Filesystem for Passthrough {
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         ino_in: INodeNo,
         fh_in: FileHandle,
         offset_in: u64,
@@ -504,8 +502,11 @@ impl fuser::Filesystem for Passthrough {
             (ino_in.0, fh_in.0, offset_in),
             (ino_out.0, fh_out.0, offset_out),
         );
-        match self.0.copy(from, to, len) {
-            Ok(n) => reply.written(n),
+        match self.0.copy(req.unique().0, from, to, len) {
+            Ok((n, slot)) => {
+                reply.written(n);
+                answered(slot);
+            }
             Err(e) => reply.error(errno(e)),
         }
     }

@@ -109,28 +109,30 @@ impl Graveyard {
         self.dir.as_ref().map(AsFd::as_fd).ok_or(Errno::EROFS)
     }
 
-    /// Takes the last name of a file away, in one step.
-    pub fn bury(&self, nodeid: u64, parent: BorrowedFd<'_>, name: &CStr) -> Res<()> {
+    /// Takes the last name of a file away, in one step; `flags`: 0, or `RENAME_WHITEOUT` for what is to be in its
+    /// place.
+    pub fn bury(&self, nodeid: u64, parent: BorrowedFd<'_>, name: &CStr, flags: u32) -> Res<()> {
         sys::rename_at(
             parent,
             name,
             self.dir()?,
             &grave(nodeid),
-            libc::RENAME_NOREPLACE,
+            libc::RENAME_NOREPLACE | flags,
         )?;
         self.note(nodeid);
         Ok(())
     }
 
-    /// Gives a directory its name back that was not empty after all.
+    /// Gives a directory its name back that was not empty after all; the whiteout goes that is in its place.
     pub fn exhume(&self, nodeid: u64, parent: BorrowedFd<'_>, name: &CStr) -> Res<()> {
-        sys::rename_at(
-            self.dir()?,
-            &grave(nodeid),
-            parent,
-            name,
-            libc::RENAME_NOREPLACE,
-        )?;
+        let (yard, grave) = (self.dir()?, grave(nodeid));
+        match sys::rename_at(yard, &grave, parent, name, libc::RENAME_NOREPLACE) {
+            Err(Errno::EEXIST) => {
+                sys::rename_at(yard, &grave, parent, name, libc::RENAME_EXCHANGE)?;
+                sys::unlink_at(yard, &grave)?;
+            }
+            other => other?,
+        }
         self.inside
             .lock()
             .expect("no holder panics")
@@ -258,8 +260,8 @@ mod tests {
         let yard = Graveyard::open(root.as_fd()).unwrap();
         std::fs::write(tmp.path().join("file"), b"x").unwrap();
         std::fs::create_dir(tmp.path().join("dir")).unwrap();
-        yard.bury(7, root.as_fd(), c"file").unwrap();
-        yard.bury(8, root.as_fd(), c"dir").unwrap();
+        yard.bury(7, root.as_fd(), c"file", 0).unwrap();
+        yard.bury(8, root.as_fd(), c"dir", 0).unwrap();
         assert!(!tmp.path().join("file").exists());
 
         let again = Graveyard::open(root.as_fd()).unwrap();

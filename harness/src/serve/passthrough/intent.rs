@@ -11,6 +11,7 @@ use std::ffi::{CStr, CString};
 
 use rust_fuse_notify::std::state as journal;
 
+use super::creds::Caller;
 use super::handle::Handle;
 
 /// A name in a directory of the node table.
@@ -41,6 +42,8 @@ pub enum Intent {
         target: Option<Handle>,
         /// Of the target, 0 if the kernel knows none.
         nodeid: u64,
+        /// Whose a whiteout is.
+        caller: Caller,
     },
     /// setxattr with XATTR_CREATE: the attribute was absent.
     SetXattr { node: u64, name: CString },
@@ -57,22 +60,16 @@ pub enum Fate {
     Done,
     /// An overwritten directory sits at the old name and is to be buried: then it is done.
     Bury,
-}
-
-/// What is at a name now.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Seen {
-    pub handle: Handle,
-    /// A character device 0:0, as `RENAME_WHITEOUT` leaves behind.
-    pub whiteout: bool,
+    /// Only the whiteout is missing.
+    Whiteout,
 }
 
 /// Reads the fate of a change of one name: `now` is what the name has.
-pub fn fate_of_name(intent: &Intent, now: Option<&Seen>) -> Fate {
+pub fn fate_of_name(intent: &Intent, now: Option<&Handle>) -> Fate {
     let done = match intent {
         Intent::Make { .. } => now.is_some(),
-        Intent::Link { source, .. } => now.is_some_and(|seen| seen.handle == *source),
-        Intent::Remove { victim, .. } => now.is_none_or(|seen| seen.handle != *victim),
+        Intent::Link { source, .. } => now == Some(source),
+        Intent::Remove { victim, .. } => now != Some(victim),
         _ => unreachable!("not a change of one name"),
     };
     if done {
@@ -87,31 +84,25 @@ pub fn fate_of_rename(
     flags: u32,
     source: &Handle,
     target: Option<&Handle>,
-    old: Option<&Seen>,
-    new: Option<&Seen>,
+    old: Option<&Handle>,
+    new: Option<&Handle>,
 ) -> Fate {
-    let old_handle = old.map(|seen| &seen.handle);
-    let new_handle = new.map(|seen| &seen.handle);
     if target == Some(source) {
         // Two names of one file: rename(2) does nothing, as often as one likes.
         return Fate::Undone;
     }
-    let swapped = new_handle == Some(source) && old_handle.is_some() && old_handle == target;
+    if new != Some(source) || old == Some(source) {
+        // The source did not move: nobody but us can have moved it.
+        return Fate::Undone;
+    }
     if flags & libc::RENAME_EXCHANGE != 0 {
-        return if swapped { Fate::Done } else { Fate::Undone };
+        return Fate::Done;
     }
-    if swapped {
+    match old {
         // A directory is overwritten by exchanging the two and burying the victim.
-        return Fate::Bury;
-    }
-    let left = match old {
-        None => flags & libc::RENAME_WHITEOUT == 0,
-        Some(seen) => flags & libc::RENAME_WHITEOUT != 0 && seen.whiteout && seen.handle != *source,
-    };
-    if new_handle == Some(source) && left {
-        Fate::Done
-    } else {
-        Fate::Undone
+        Some(_) if old == target => Fate::Bury,
+        None if flags & libc::RENAME_WHITEOUT != 0 => Fate::Whiteout,
+        _ => Fate::Done,
     }
 }
 
@@ -183,11 +174,17 @@ impl Intent {
                 source,
                 target,
                 nodeid,
+                caller,
             } => Record {
                 opcode: RENAME,
                 nodeids: [from.parent, to.parent],
                 names: [from.name.clone(), to.name.clone()],
-                args: [*nodeid, u64::from(*flags), 0, 0],
+                args: [
+                    *nodeid,
+                    u64::from(*flags),
+                    u64::from(caller.uid),
+                    u64::from(caller.gid),
+                ],
                 before: handles([Some(source), target.as_ref()]),
             },
             Intent::SetXattr { node, name } => {
@@ -228,6 +225,10 @@ impl Intent {
                 source: first?,
                 target: second,
                 nodeid,
+                caller: Caller {
+                    uid: u32::try_from(record.args[2]).ok()?,
+                    gid: u32::try_from(record.args[3]).ok()?,
+                },
             },
             SETXATTR => Intent::SetXattr {
                 node: record.nodeids[0],
@@ -286,11 +287,8 @@ mod tests {
         Handle::fake(1, &[n; 8])
     }
 
-    fn seen(n: u8) -> Option<Seen> {
-        Some(Seen {
-            handle: h(n),
-            whiteout: false,
-        })
+    fn seen(n: u8) -> Option<Handle> {
+        Some(h(n))
     }
 
     fn place() -> Place {
@@ -333,6 +331,10 @@ mod tests {
                 source: big.clone(),
                 target: Some(big),
                 nodeid: 3,
+                caller: Caller {
+                    uid: u32::MAX,
+                    gid: 7,
+                },
             },
             Intent::Rename {
                 from: place(),
@@ -341,6 +343,7 @@ mod tests {
                 source: h(1),
                 target: None,
                 nodeid: 0,
+                caller: Caller { uid: 0, gid: 0 },
             },
             Intent::SetXattr {
                 node: 4,
@@ -411,10 +414,6 @@ mod tests {
         const EX: u32 = libc::RENAME_EXCHANGE;
         const WH: u32 = libc::RENAME_WHITEOUT;
         const NR: u32 = libc::RENAME_NOREPLACE;
-        let white = Some(Seen {
-            handle: h(8),
-            whiteout: true,
-        });
         // flags, target before, old now, new now
         for (flags, target, old, new, want) in [
             (0, None, seen(1), None, Fate::Undone),
@@ -428,10 +427,15 @@ mod tests {
             (EX, Some(h(2)), seen(1), seen(2), Fate::Undone),
             (EX, Some(h(2)), seen(2), seen(1), Fate::Done),
             (WH, None, seen(1), None, Fate::Undone),
-            (WH, None, white.clone(), seen(1), Fate::Done),
-            (WH, Some(h(2)), white.clone(), seen(1), Fate::Done),
+            (WH, None, seen(8), seen(1), Fate::Done),
+            (WH, Some(h(2)), seen(8), seen(1), Fate::Done),
             (WH, Some(h(2)), seen(1), seen(2), Fate::Undone),
-            (0, None, None, None, Fate::Undone), // both gone: nothing of ours to see
+            (WH, Some(h(2)), seen(2), seen(1), Fate::Bury),
+            (WH, Some(h(2)), None, seen(1), Fate::Whiteout),
+            (0, None, seen(9), seen(1), Fate::Done), // the old name was used again outside
+            (EX, Some(h(2)), seen(9), seen(1), Fate::Done),
+            (0, None, seen(9), None, Fate::Undone), // moved on outside: nothing of ours to see
+            (0, None, None, None, Fate::Undone),    // both gone: nothing of ours to see
         ] {
             assert_eq!(
                 fate_of_rename(flags, &h(1), target.as_ref(), old.as_ref(), new.as_ref()),

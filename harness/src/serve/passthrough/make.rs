@@ -11,6 +11,7 @@ use rust_fuse_notify::std::state::{HandleKind, Slot};
 use crate::crash_points;
 
 use super::creds::Caller;
+use super::handle::Handle;
 use super::intent::{Intent, Place};
 use super::nodes::Entry;
 use super::server::Server;
@@ -55,7 +56,7 @@ impl Server {
         thing: &Thing<'_>,
     ) -> Kept<'_, Entry> {
         let name = self.name_in(parent, name, Errno::EPERM)?;
-        if let Some(slot) = self.answered(unique) {
+        if let Some(slot) = self.answered(unique)? {
             return Ok((self.lookup_c(parent, &name)?, Some(slot)));
         }
         let dir = self.absent(parent, &name)?;
@@ -70,10 +71,10 @@ impl Server {
 
     pub fn link(&self, unique: u64, nodeid: u64, (parent, name): (u64, &OsStr)) -> Kept<'_, Entry> {
         let name = self.name_in(parent, name, Errno::EPERM)?;
-        if let Some(slot) = self.answered(unique) {
+        if let Some(slot) = self.answered(unique)? {
             return Ok((self.lookup_c(parent, &name)?, Some(slot)));
         }
-        let source = super::handle::Handle(self.node(nodeid)?.info.handle);
+        let source = Handle(self.node(nodeid)?.info.handle);
         if self.yard.contains(nodeid) {
             return Err(Errno::ENOENT); // as link(2) says of a file without a name
         }
@@ -98,7 +99,7 @@ impl Server {
         flags: i32,
     ) -> Kept<'_, Created> {
         let name = self.name_in(parent, name, Errno::EPERM)?;
-        if let Some(slot) = self.answered(unique) {
+        if let Some(slot) = self.answered(unique)? {
             // It is ours: O_EXCL is satisfied, and there is nothing to truncate.
             let flags = flags & !(libc::O_EXCL | libc::O_TRUNC);
             return Ok((
@@ -152,7 +153,10 @@ impl Server {
         }
         let backing_flags = self.backing_flags(flags);
         let fd = sys::reopen(path.as_fd(), backing_flags)?;
-        if flags & libc::O_TRUNC != 0 {
+        // What was opened for this request was also truncated for it; since then others may have written.
+        let (handle, _) = Handle::of(path.as_fd())?;
+        let opened = self.handle_of_resend(unique, self.known(&handle));
+        if flags & libc::O_TRUNC != 0 && opened.is_none() {
             sys::ftruncate(fd.as_fd(), 0)?;
         }
         self.opened(unique, fd, backing_flags)

@@ -11,6 +11,8 @@ mod answer;
 mod attr;
 mod backing;
 #[cfg(test)]
+mod crash_cases;
+#[cfg(test)]
 mod crash_tests;
 mod creds;
 mod dents;
@@ -25,6 +27,7 @@ mod open;
 mod recover;
 mod remove;
 mod server;
+mod state;
 mod stop;
 mod sys;
 mod wire;
@@ -39,7 +42,6 @@ use anyhow::{bail, Context};
 use fuser::{Session, SessionACL};
 use rust_fuse_notify::std::adopt::{Adopt, How};
 use rust_fuse_notify::std::listen;
-use rust_fuse_notify::std::state::{Config, State};
 use rust_fuse_notify::std::wire::Identity;
 
 use crate::crash_points;
@@ -76,6 +78,12 @@ pub struct Args {
     /// For how long the kernel may believe names and attributes, in seconds
     #[arg(long, default_value_t = 1.0, value_parser = seconds)]
     timeout: f64,
+    /// Go on with an empty state if the state of the mount cannot be used
+    ///
+    /// That is, if it is damaged or of another version. Applications get EIO for what they have open, and for what
+    /// they had asked of the dead server: nothing is guessed. A state that can be used is used.
+    #[arg(long)]
+    discard_state: bool,
     /// The directory to serve
     backing: PathBuf,
 }
@@ -102,7 +110,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
          `fuse-restart keep --mountpoint DIR -- fuse-restart serve passthrough BACKING`",
     )?;
     let identity = Identity(backing.identity);
-    let state = State::open(inherited.state, identity, &Config::default())
+    let state = state::open(inherited.state, identity, args.discard_state)
         .with_context(|| format!("cannot use the state of the mount for {shown}"))?;
     let yard = Graveyard::open(backing.root())?;
     yard.lock()
@@ -115,6 +123,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let opts = Options {
         writeback: args.writeback,
         timeout: Duration::from_secs_f64(args.timeout),
+        discard: args.discard_state,
     };
     let server = Arc::new(Server::new(
         backing,

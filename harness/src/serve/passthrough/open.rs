@@ -5,10 +5,13 @@ use std::os::fd::AsFd;
 
 use fuser::FileType;
 use nix::errno::Errno;
-use rust_fuse_notify::std::state::HandleKind;
+use rust_fuse_notify::std::state::{HandleKind, Success};
+
+use crate::crash_points;
 
 use super::dents::{self, Entry as Dent};
 use super::graveyard::Graveyard;
+use super::make::Kept;
 use super::nodes::ROOT;
 use super::server::Server;
 use super::sys::{self, Res};
@@ -36,18 +39,48 @@ impl Server {
         self.new_handle(unique, nodeid, flags, HandleKind::Directory, fd)
     }
 
+    /// A copy can be repeated as long as its source is what it was; once it is answered, another request may change
+    /// that. So what was copied is entered before it is answered.
     pub fn copy(
         &self,
+        unique: u64,
         (node_in, fh_in, offset_in): (u64, u64, u64),
         (node_out, fh_out, offset_out): (u64, u64, u64),
         len: u64,
-    ) -> Res<u32> {
+    ) -> Kept<'_, u32> {
+        if let Some((success, slot)) = self.outcome(unique)? {
+            let copied = success
+                .payload
+                .first_chunk()
+                .map(|n| u32::from_le_bytes(*n));
+            return Ok((copied.ok_or(Errno::EIO)?, Some(slot)));
+        }
         let from = self.file(node_in, fh_in)?;
         let to = self.file(node_out, fh_out)?;
         // The reply has 32 bits; whole pages, so that the caller goes on aligned.
         let len = len.min(u64::from(u32::MAX) & !4095) as usize;
         let n = sys::copy_file_range(from.as_fd(), offset_in, to.as_fd(), offset_out, len)?;
-        Ok(n as u32)
+        let n = n as u32;
+        let outcome = Ok(Success {
+            payload: n.to_le_bytes().to_vec(),
+            ..Success::default()
+        });
+        let entered = self.state.journal().record(unique, &outcome);
+        let slot = entered.inspect_err(|e| {
+            tracing::warn!("a copy ({unique:#x}) may be repeated if the server dies now: {e}");
+        });
+        crash_points::reach("outcome");
+        Ok((n, slot.ok()))
+    }
+
+    /// What can be repeated: not to collapse or insert a range, which the kernel does not ask for either.
+    pub fn allocate(&self, nodeid: u64, fh: u64, mode: i32, offset: u64, length: u64) -> Res<()> {
+        const REPEATABLE: i32 =
+            libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
+        if mode & !REPEATABLE != 0 {
+            return Err(Errno::EOPNOTSUPP);
+        }
+        sys::fallocate(self.file(nodeid, fh)?.as_fd(), mode, offset, length)
     }
 
     /// FLUSH is a close(2): errors that the backing keeps for that moment show now.

@@ -12,8 +12,10 @@ use rust_fuse_notify::std::wire::{Attr, Identity};
 
 use crate::crash_points::reach;
 
-use super::intent::{fate_of_name, fate_of_rename, fate_of_xattr, Fate, Intent, Place, Seen};
+use super::handle::Handle;
+use super::intent::{fate_of_name, fate_of_rename, fate_of_xattr, Fate, Intent, Place};
 use super::nodes::ROOT;
+use super::remove::rmdir_for;
 use super::server::Server;
 use super::sys::{self, Res};
 
@@ -114,33 +116,65 @@ impl Server {
         Ok(attr)
     }
 
-    /// Decides every change that the dead server had begun, and tells the journal.
+    /// Decides every change that the dead server had begun, and tells the journal. Nothing is guessed: what cannot be
+    /// decided now is left to the next instance, or, if it can never be, `EIO` is what its request gets.
     pub fn resolve_journal(&self) -> Result<(), String> {
         for record in self.state.journal().unresolved() {
             let id = record.id;
-            let intent = Intent::read(&record)
-                .ok_or_else(|| format!("journal entry {id:#x} makes no sense: {record:?}"))?;
-            let fate = match self.resolve(&intent) {
-                Ok(fate) => fate,
-                Err(e) => {
-                    // The place itself is gone: whoever asked for the change gets to know.
-                    tracing::warn!("cannot look at {intent:?}: {}", e.desc());
-                    Fate::Undone
+            let fate = match Intent::read(&record) {
+                Some(intent) => {
+                    let fate = self.resolve(&intent);
+                    tracing::debug!("request {id:#x} {intent:?}: {fate:?}");
+                    fate
+                }
+                None if self.opts.discard => Err(Errno::EPROTO),
+                None => {
+                    return Err(format!(
+                    "journal entry {id:#x} was not written by this version of the server: start \
+                         the one that wrote it, or use --discard-state to answer it with EIO \
+                         ({record:?})"
+                ))
                 }
             };
+            reach("decided");
             let Some(mut slot) = self.state.journal().resume(id) else {
                 return Err(format!(
                     "journal entry {id:#x} vanished while it was resolved"
                 ));
             };
-            tracing::debug!("request {id:#x} {intent:?}: {fate:?}");
-            reach("decided");
-            match fate {
-                Fate::Undone => slot.cancel(),
-                Fate::Done | Fate::Bury => slot
-                    .outcome(&Ok(Success::default()))
-                    .map_err(|e| format!("journal entry {id:#x}: {e}"))?,
-            }
+            let outcome = match fate {
+                Ok(Fate::Done | Fate::Bury | Fate::Whiteout) => Ok(Success::default()),
+                // The place itself is gone, and that is what the resent request will be told.
+                Ok(Fate::Undone) | Err(Errno::ESTALE) => {
+                    slot.cancel();
+                    reach("resolved-one");
+                    continue;
+                }
+                Err(
+                    e @ (Errno::EMFILE
+                    | Errno::ENFILE
+                    | Errno::ENOMEM
+                    | Errno::EINTR
+                    | Errno::EAGAIN),
+                ) => {
+                    return Err(format!(
+                        "cannot find out whether request {id:#x} was executed: {}: another \
+                         instance can",
+                        e.desc()
+                    ))
+                }
+                Err(e) => {
+                    tracing::error!(
+                        "request {id:#x} is answered with EIO, for nobody knows whether it was \
+                         executed: {}",
+                        e.desc()
+                    );
+                    Err(libc::EIO)
+                }
+            };
+            slot.outcome(&outcome)
+                .map_err(|e| format!("journal entry {id:#x}: {e}"))?;
+            drop(slot);
             reach("resolved-one");
         }
         Ok(())
@@ -165,13 +199,25 @@ impl Server {
                 source,
                 target,
                 nodeid,
+                caller,
             } => {
                 let (old, new) = (self.look_at(from)?, self.look_at(to)?);
-                let mut fate =
+                let fate =
                     fate_of_rename(*flags, source, target.as_ref(), old.as_ref(), new.as_ref());
-                if fate == Fate::Bury {
-                    fate = self.finish_over_dir(from, *nodeid)?;
-                }
+                let whiteout = flags & libc::RENAME_WHITEOUT;
+                let finish = || match fate {
+                    Fate::Bury => self.finish_over_dir(from, to, *nodeid, whiteout),
+                    Fate::Whiteout => self.finish_whiteout(from),
+                    // A directory that was overwritten, and buried although something was in it.
+                    Fate::Done if !self.grave_is_right_of_rename(*nodeid, from, to)? => {
+                        Ok(Fate::Undone)
+                    }
+                    fate => Ok(fate),
+                };
+                let fate = match whiteout {
+                    0 => finish()?,
+                    _ => caller.create(0, finish)?,
+                };
                 if fate == Fate::Undone && *nodeid != 0 {
                     self.drop_spare(*nodeid);
                 }
@@ -189,7 +235,7 @@ impl Server {
         }
     }
 
-    fn look_at(&self, place: &Place) -> Res<Option<Seen>> {
+    fn look_at(&self, place: &Place) -> Res<Option<Handle>> {
         self.look(place.parent, &place.name)
     }
 
@@ -212,16 +258,41 @@ impl Server {
         super::graveyard::is_empty(dir.as_fd())
     }
 
-    /// An overwritten directory waits at the old name: bury it.
-    fn finish_over_dir(&self, from: &Place, nodeid: u64) -> Res<Fate> {
+    /// As [`Server::grave_is_right`], for a directory that was overwritten: the two change places again.
+    fn grave_is_right_of_rename(&self, nodeid: u64, from: &Place, to: &Place) -> Res<bool> {
+        if !self.grave_is_right(nodeid, from)? {
+            self.exchange(from, to)?;
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    fn exchange(&self, from: &Place, to: &Place) -> Res<()> {
+        let (old, new) = (self.node_fd(from.parent)?, self.node_fd(to.parent)?);
+        let flags = libc::RENAME_EXCHANGE;
+        sys::rename_at(old.as_fd(), &from.name, new.as_fd(), &to.name, flags)
+    }
+
+    /// An overwritten directory waits at the old name: bury it, if it is empty as it was.
+    fn finish_over_dir(&self, from: &Place, to: &Place, nodeid: u64, whiteout: u32) -> Res<Fate> {
         let parent = self.node_fd(from.parent)?;
-        if nodeid != 0 && self.yard.bury(nodeid, parent.as_fd(), &from.name).is_ok() {
-            return Ok(Fate::Done);
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+        let victim = sys::open_at(parent.as_fd(), &from.name, flags, 0)?;
+        if !super::graveyard::is_empty(victim.as_fd())? {
+            self.exchange(from, to)?;
+            return Ok(Fate::Undone);
         }
-        match sys::rmdir_at(parent.as_fd(), &from.name) {
-            Ok(()) => Ok(Fate::Done),
-            Err(e) => Err(e),
+        let bury = || self.yard.bury(nodeid, parent.as_fd(), &from.name, whiteout);
+        if nodeid == 0 || bury().is_err() {
+            rmdir_for(parent.as_fd(), &from.name, whiteout)?;
         }
+        Ok(Fate::Done)
+    }
+
+    fn finish_whiteout(&self, from: &Place) -> Res<Fate> {
+        let parent = self.node_fd(from.parent)?;
+        sys::mknod_at(parent.as_fd(), &from.name, libc::S_IFCHR, 0)?;
+        Ok(Fate::Done)
     }
 
     /// The spare name of a file that was not overwritten after all.

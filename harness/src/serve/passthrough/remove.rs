@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::errno::Errno;
 use rust_fuse_notify::std::state::Slot;
 
+use super::creds::Caller;
 use super::graveyard::is_empty;
 use super::handle::Handle;
 use super::intent::{Intent, Place};
@@ -62,7 +63,7 @@ impl Server {
     /// unlink, and rmdir if `dir`.
     pub fn remove(&self, unique: u64, (parent, name): (u64, &OsStr), dir: bool) -> Kept<'_, ()> {
         let name = self.name_in(parent, name, Errno::ENOENT)?;
-        if let Some(slot) = self.answered(unique) {
+        if let Some(slot) = self.answered(unique)? {
             return Ok(((), Some(slot)));
         }
         let parent_fd = self.node_fd(parent)?;
@@ -86,9 +87,9 @@ impl Server {
     fn take_name(&self, victim: &Victim, parent: BorrowedFd<'_>, name: &CStr) -> Res<()> {
         if self.to_be_kept(victim) {
             if victim.dir {
-                return self.bury_dir(victim, parent, name);
+                return self.bury_dir(victim, parent, name, 0);
             }
-            match self.yard.bury(victim.nodeid, parent, name) {
+            match self.yard.bury(victim.nodeid, parent, name, 0) {
                 Ok(()) => return Ok(()),
                 Err(Errno::ENOENT) => return Err(Errno::ENOENT),
                 // A quota project of its own, a full disk: better removed than refused.
@@ -106,13 +107,24 @@ impl Server {
         }
     }
 
-    /// Buries a directory that is empty; the kernel lets nobody add to it meanwhile.
-    fn bury_dir(&self, victim: &Victim, parent: BorrowedFd<'_>, name: &CStr) -> Res<()> {
+    /// Buries a directory that is empty; the kernel lets nobody add to it meanwhile. `whiteout`: 0, or the flag.
+    fn bury_dir(
+        &self,
+        victim: &Victim,
+        parent: BorrowedFd<'_>,
+        name: &CStr,
+        whiteout: u32,
+    ) -> Res<()> {
         if !victim.is_empty()? {
             return Err(Errno::ENOTEMPTY);
         }
-        if self.yard.bury(victim.nodeid, parent, name).is_err() {
-            return sys::rmdir_at(parent, name);
+        if let Err(e) = self.yard.bury(victim.nodeid, parent, name, whiteout) {
+            tracing::warn!(
+                "directory {} is removed at once and will not survive a restart if it is in use: {}",
+                victim.nodeid,
+                e.desc()
+            );
+            return rmdir_for(parent, name, whiteout);
         }
         if !victim.is_empty()? {
             // Somebody added to it in the backing, behind our back: nothing may get lost.
@@ -125,6 +137,7 @@ impl Server {
     pub fn rename(
         &self,
         unique: u64,
+        caller: Caller,
         (parent, name): (u64, &OsStr),
         (newparent, newname): (u64, &OsStr),
         flags: u32,
@@ -135,7 +148,7 @@ impl Server {
         }
         let name = self.name_in(parent, name, Errno::ENOENT)?;
         let newname = self.name_in(newparent, newname, Errno::EPERM)?;
-        if let Some(slot) = self.answered(unique) {
+        if let Some(slot) = self.answered(unique)? {
             return Ok(((), Some(slot)));
         }
         let (from, to) = (self.node_fd(parent)?, self.node_fd(newparent)?);
@@ -152,9 +165,17 @@ impl Server {
             source: source.handle.clone(),
             target: target.as_ref().map(|t| t.handle.clone()),
             nodeid: target.as_ref().map_or(0, |t| t.nodeid),
+            caller,
         };
         let ((), slot): ((), Slot<'_>) = self.once(unique, &intent, || {
-            let plain = || sys::rename_at(from.as_fd(), &name, to.as_fd(), &newname, flags);
+            let plain = || {
+                let rename = || sys::rename_at(from.as_fd(), &name, to.as_fd(), &newname, flags);
+                match flags & libc::RENAME_WHITEOUT {
+                    0 => rename(),
+                    // The whiteout is a file of the caller's.
+                    _ => caller.create(0, rename),
+                }
+            };
             match &target {
                 Some(target)
                     if flags & !libc::RENAME_WHITEOUT == 0
@@ -164,7 +185,7 @@ impl Server {
                 {
                     if target.dir {
                         let places = ((from.as_fd(), &*name), (to.as_fd(), &*newname));
-                        self.over_dir(target, places, flags, plain)
+                        self.over_dir(target, places, (caller, flags), plain)
                     } else {
                         self.over_file(target, plain)
                     }
@@ -202,16 +223,21 @@ impl Server {
         &self,
         target: &Victim,
         ((from, name), (to, newname)): ((BorrowedFd<'_>, &CStr), (BorrowedFd<'_>, &CStr)),
-        flags: u32,
+        (caller, whiteout): (Caller, u32),
         plain: impl FnOnce() -> Res<()>,
     ) -> Res<()> {
-        if flags != 0 || !target.is_empty()? {
+        if !target.is_empty()? {
             return plain();
         }
         if sys::rename_at(from, name, to, newname, libc::RENAME_EXCHANGE).is_err() {
             return plain(); // not offered by every file system
         }
-        match self.bury_dir(target, from, name) {
+        let bury = || self.bury_dir(target, from, name, whiteout);
+        let buried = match whiteout {
+            0 => bury(),
+            _ => caller.create(0, bury),
+        };
+        match buried {
             Ok(()) => Ok(()),
             Err(e) => {
                 sys::rename_at(from, name, to, newname, libc::RENAME_EXCHANGE)?;
@@ -219,4 +245,14 @@ impl Server {
             }
         }
     }
+}
+
+/// rmdir(2), with a whiteout in its place if `whiteout` is not 0. In between the name is missing: [`super::recover`]
+/// knows how to go on from there.
+pub fn rmdir_for(parent: BorrowedFd<'_>, name: &CStr, whiteout: u32) -> Res<()> {
+    sys::rmdir_at(parent, name)?;
+    if whiteout != 0 {
+        sys::mknod_at(parent, name, libc::S_IFCHR, 0)?;
+    }
+    Ok(())
 }

@@ -15,14 +15,16 @@ use super::backing::Backing;
 use super::fdcache::FdCache;
 use super::graveyard::Graveyard;
 use super::handle::Handle;
-use super::intent::{Intent, Seen};
-use super::sys::{self, Res};
+use super::intent::Intent;
+use super::sys::Res;
 use super::wire::Device;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub writeback: bool,
     pub timeout: Duration,
+    /// What cannot be resolved gets EIO, instead of keeping the server from starting.
+    pub discard: bool,
 }
 
 pub struct Server {
@@ -92,28 +94,36 @@ impl Server {
         }
     }
 
-    /// For a resent request: its slot, if it was executed by an earlier instance.
-    pub fn answered(&self, unique: u64) -> Option<Slot<'_>> {
+    /// For a resent request: its slot and outcome, if it was executed by an earlier instance; the error, if that is
+    /// what is to be answered. That one stays in the journal: it goes when it is not owed any more.
+    pub fn outcome(&self, unique: u64) -> Res<Option<(Success, Slot<'_>)>> {
         if unique & FUSE_UNIQUE_RESEND == 0 {
-            return None;
+            return Ok(None);
         }
-        match self.state.journal().lookup(unique)? {
-            Recorded::Outcome(Ok(_)) => self.state.journal().resume(unique),
-            _ => None,
+        match self.state.journal().lookup(unique) {
+            Some(Recorded::Outcome(Ok(success))) => Ok(self
+                .state
+                .journal()
+                .resume(unique)
+                .map(|slot| (success, slot))),
+            Some(Recorded::Outcome(Err(e))) => Err(Errno::from_raw(e)),
+            _ => Ok(None),
         }
     }
 
+    /// As [`Server::outcome`], for operations whose answer is found by looking again.
+    pub fn answered(&self, unique: u64) -> Res<Option<Slot<'_>>> {
+        Ok(self.outcome(unique)?.map(|(_, slot)| slot))
+    }
+
     /// What is at a name now.
-    pub fn look(&self, parent: u64, name: &std::ffi::CStr) -> Res<Option<Seen>> {
+    pub fn look(&self, parent: u64, name: &std::ffi::CStr) -> Res<Option<Handle>> {
         let dir = self.node_fd(parent)?;
-        let handle = match Handle::at(dir.as_fd(), name) {
-            Ok(handle) => handle,
-            Err(Errno::ENOENT) => return Ok(None),
-            Err(e) => return Err(e),
-        };
-        let st = sys::lstat_at(dir.as_fd(), name)?;
-        let whiteout = st.st_mode & libc::S_IFMT == libc::S_IFCHR && st.st_rdev == 0;
-        Ok(Some(Seen { handle, whiteout }))
+        match Handle::at(dir.as_fd(), name) {
+            Ok(handle) => Ok(Some(handle)),
+            Err(Errno::ENOENT) => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     /// The flags with which the backing file is opened for an application's `flags`.
