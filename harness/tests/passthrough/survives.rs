@@ -203,7 +203,7 @@ fn proc_path(file: &File) -> String {
 
 #[test]
 fn a_directory_that_changes_under_a_stream_and_a_crash() {
-    const ENTRIES: usize = 3000;
+    const ENTRIES: usize = 1500;
     for kind in KINDS {
         let Some(served) = Served::start(kind, &[]) else {
             continue;
@@ -220,18 +220,18 @@ fn a_directory_that_changes_under_a_stream_and_a_crash() {
         for (at, entry) in fs::read_dir(&dir).unwrap().enumerate() {
             assert!(at < 2 * ENTRIES, "{kind:?}: it never ends");
             *seen.entry(entry.unwrap().file_name()).or_default() += 1;
-            if at % 400 != 200 {
+            if at % 250 != 125 {
                 continue;
             }
             crashes += 1;
             // Some go that were seen and some that were not, and new ones come, before and after the crash.
             for (part, crash) in [(0, true), (1, false)] {
-                for n in (0..100).map(|i| (crashes * 389 + i * 29 + part) % ENTRIES) {
+                for n in (0..40).map(|i| (crashes * 389 + i * 29 + part) % ENTRIES) {
                     if untouched.remove(&name(n)) {
                         fs::remove_file(dir.join(name(n))).unwrap();
                     }
                 }
-                for n in 0..20 {
+                for n in 0..10 {
                     fs::write(dir.join(format!("new-{crashes}-{part}-{n}")), b"").unwrap();
                 }
                 if crash {

@@ -389,11 +389,17 @@ fn an_error_that_is_owed_is_answered_as_often_as_it_is_asked_for() {
     }
     let dir = tempfile::tempdir().unwrap();
     let server = instance(dir.path(), &State::create_memfd().unwrap());
-    drop(server.state.journal().record(ID, &Err(libc::EIO)).unwrap());
+    drop(
+        server
+            .state
+            .journal()
+            .record(ID, &Err(libc::EDQUOT))
+            .unwrap(),
+    );
     let thing = Thing::Dir { mode: 0o755 };
     for _ in 0..2 {
         let made = server.make(RESENT, ME, (ROOT, s("new")), 0, &thing);
-        assert_eq!(made.map(drop), Err(nix::errno::Errno::EIO));
+        assert_eq!(made.map(drop), Err(nix::errno::Errno::EDQUOT));
     }
     assert!(!dir.path().join("new").exists());
 }

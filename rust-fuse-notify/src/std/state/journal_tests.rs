@@ -210,3 +210,34 @@ fn the_journal_has_its_memory_from_the_start() {
     let blocks = nix::sys::stat::fstat(&fd).unwrap().st_blocks as usize * 512;
     assert!(blocks >= 512 * journal::SLOT_LEN, "{blocks}");
 }
+
+#[test]
+#[ignore = "a measurement"]
+fn measure() {
+    let fd = State::create_memfd().unwrap();
+    let state = State::open(fd, super::tests::IDENTITY, &Config::default()).unwrap();
+    let journal = state.journal();
+    let intent = Intent {
+        opcode: 45,
+        names: [b"a-name-of-some-length", b"another-name"],
+        before: &[7; 80],
+        ..Intent::default()
+    };
+    const EACH: u64 = 1_000_000;
+    for threads in [1, 2, 4] {
+        let began = std::time::Instant::now();
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                scope.spawn(move || {
+                    for n in 1..=EACH {
+                        let mut slot = journal.begin(thread << 32 | n, &intent).unwrap();
+                        slot.outcome(&Ok(Success::default())).unwrap();
+                        slot.done();
+                    }
+                });
+            }
+        });
+        let ns = began.elapsed().as_nanos() as u64 / EACH;
+        println!("{threads} threads: {ns} ns for intent, outcome and end");
+    }
+}
