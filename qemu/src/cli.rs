@@ -27,6 +27,7 @@ enum Sub {
     Vm(VmArgs),
     Kernel(KernelArgs),
     Test(suite::test::TestArgs),
+    Mutants(suite::mutants::MutantsArgs),
     Demo(suite::demo::DemoArgs),
     Rfc(crate::rfc::RfcArgs),
     /// The guest's side, where the guest's init is not ours (virtme-ng).
@@ -148,6 +149,7 @@ pub fn run() -> Result<ExitCode> {
         Sub::Vm(a) => Ok(ExitCode::from(vm::run(&paths, &a.options())?)),
         Sub::Kernel(a) => a.run(&paths),
         Sub::Test(a) => suite::test::run(&paths, &a),
+        Sub::Mutants(a) => suite::mutants::run(&paths, &a),
         Sub::Demo(a) => suite::demo::run(&paths, &a),
         Sub::Rfc(a) => crate::rfc::run(&paths, &a),
         Sub::Guest => unreachable!("handled above"),

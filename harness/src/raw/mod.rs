@@ -21,6 +21,8 @@ pub mod msg;
 pub mod ops;
 pub mod rare;
 pub mod recover;
+pub mod trap;
 pub mod tree;
+pub mod uffd;
 pub mod wait;
 pub mod wire;

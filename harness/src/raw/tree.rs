@@ -122,7 +122,7 @@ impl Tree {
         nodeid
     }
 
-    pub(super) fn insert(&mut self, parent: u64, name: &OsStr, nodeid: u64) {
+    pub fn insert(&mut self, parent: u64, name: &OsStr, nodeid: u64) {
         self.node_mut(parent)
             .children
             .insert(name.to_owned(), nodeid);

@@ -70,11 +70,11 @@ pub fn scenarios() -> Vec<Scenario> {
 }
 
 /// How long a killed task may take to go: the promise is a second, debug kernels get more by --patience.
-fn grace(kit: &Kit<'_>) -> Duration {
+pub(super) fn grace(kit: &Kit<'_>) -> Duration {
     Duration::from_secs(1).max(kit.patience / 10)
 }
 
-fn dies(kit: &Kit<'_>, app: &mut Proc, when: &str) -> Result<()> {
+pub(super) fn dies(kit: &Kit<'_>, app: &mut Proc, when: &str) -> Result<()> {
     let start = Instant::now();
     app.signal(Signal::SIGKILL)?;
     let status = app
@@ -92,7 +92,7 @@ fn dies(kit: &Kit<'_>, app: &mut Proc, when: &str) -> Result<()> {
     Ok(())
 }
 
-fn mkdir_process(kit: &Kit<'_>, name: &str) -> Result<Proc> {
+pub(super) fn mkdir_process(kit: &Kit<'_>, name: &str) -> Result<Proc> {
     let path = kit.path(name);
     Proc::spawn(&format!("mkdir {name}"), &[kit.dev.raw()], move || {
         i32::from(ops::mkdir(&path).is_err())
@@ -257,7 +257,7 @@ fn speak(kit: &Kit<'_>, server: &Proc, tell: OwnedFd) -> Result<()> {
 }
 
 /// The number of the system call a sleeping task is in; "running" and the like otherwise.
-fn syscall_of(tid: i32) -> String {
+pub(super) fn syscall_of(tid: i32) -> String {
     let text = std::fs::read_to_string(format!("/proc/{tid}/syscall")).unwrap_or_default();
     text.split(' ').next().unwrap_or_default().to_owned()
 }

@@ -4,6 +4,7 @@
 //! A family a file; each file lists its own in `scenarios()`. A scenario fails by returning an error, and by
 //! leaving something behind: the runner ([`runner`]) ends every connection and expects that everybody wakes up.
 
+mod aftermath;
 mod again;
 mod background;
 mod bad_inode;
@@ -15,7 +16,9 @@ mod handover;
 mod held;
 mod help;
 mod kill;
+mod late;
 mod lost;
+mod patience;
 mod replay;
 mod resend;
 mod revoked;
@@ -26,7 +29,10 @@ pub mod runner;
 mod stale;
 mod stale_data;
 mod survive;
+mod system;
+mod transit;
 mod unmount;
+mod windows;
 
 use std::path::PathBuf;
 
@@ -116,7 +122,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 20] = [
+    let families: [fn() -> Vec<Scenario>; 26] = [
         bad_input::scenarios,
         replay::scenarios,
         resend::scenarios,
@@ -137,6 +143,12 @@ fn table() -> Vec<Scenario> {
         stale::scenarios,
         stale_data::scenarios,
         survive::scenarios,
+        transit::scenarios,
+        late::scenarios,
+        patience::scenarios,
+        windows::scenarios,
+        aftermath::scenarios,
+        system::scenarios,
     ];
     families.iter().flat_map(|family| family()).collect()
 }

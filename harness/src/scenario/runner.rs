@@ -294,6 +294,7 @@ pub fn contained(scenario: &Scenario, env: &Env<'_>, limit: Duration) -> Result<
         reasons.push(format!("{why}\n{}", scene(&child, env)));
     }
     // Applications that are left hold the connection: abort first, then kill, or the kill itself may hang.
+    crate::raw::trap::release();
     if !ended {
         abort_all(env);
     }

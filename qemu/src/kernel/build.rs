@@ -109,6 +109,9 @@ fn patches(paths: &Paths, flavor: Flavor) -> Result<Vec<PathBuf>> {
     let mut patches = series::list(&paths.repo.join("qemu/patches/7.3"))?;
     if flavor.series() {
         patches.extend(series::list(&paths.patches())?);
+        if flavor.mutants() {
+            patches.extend(series::list(&paths.repo.join("qemu/patches/7.3-tests"))?);
+        }
     }
     Ok(patches)
 }
@@ -170,7 +173,7 @@ fn adopt_sibling(objects: &Path, flavor: Flavor) -> Result<()> {
     if objects.join(COMPLETE).exists() {
         return Ok(());
     }
-    let Some(donor) = flavor.sibling().map(|s| objects.with_file_name(s.name())) else {
+    let Some(donor) = flavor.donor().map(|s| objects.with_file_name(s.name())) else {
         return Ok(());
     };
     if !donor.join(COMPLETE).exists() {
@@ -178,7 +181,7 @@ fn adopt_sibling(objects: &Path, flavor: Flavor) -> Result<()> {
     }
     ui::step(format!(
         "starting from the objects of the {} kernel",
-        flavor.sibling().map_or("", Flavor::name)
+        flavor.donor().map_or("", Flavor::name)
     ));
     copy_objects(&donor, objects)
 }

@@ -13,6 +13,11 @@ pub enum Flavor {
     Stock,
     /// x86-64 with the series, KASAN, lockdep, kmemleak.
     Debug,
+    /// `Uml`, and tasks can be stopped at named points, and every hunk of the
+    /// series taken out at run time: see `scripts/mutants --help`.
+    Mutants,
+    /// The same of `Debug`.
+    DebugMutants,
 }
 
 impl Flavor {
@@ -23,13 +28,15 @@ impl Flavor {
             Flavor::Patched => "patched",
             Flavor::Stock => "stock",
             Flavor::Debug => "debug",
+            Flavor::Mutants => "mutants",
+            Flavor::DebugMutants => "debug-mutants",
         }
     }
 
     /// Value of `ARCH=`.
     pub fn arch(self) -> &'static str {
         match self {
-            Flavor::Uml | Flavor::UmlStock => "um",
+            Flavor::Uml | Flavor::UmlStock | Flavor::Mutants => "um",
             _ => "x86_64",
         }
     }
@@ -40,7 +47,15 @@ impl Flavor {
             Flavor::Uml | Flavor::UmlStock => &["common", "um", "checks"],
             Flavor::Patched | Flavor::Stock => &["common", "x86"],
             Flavor::Debug => &["common", "x86", "checks", "debug"],
+            Flavor::Mutants => &["common", "um", "checks", "mutants"],
+            Flavor::DebugMutants => &["common", "x86", "checks", "debug", "mutants"],
         }
+    }
+
+    /// Whether `qemu/patches/7.3-tests` is applied: not in kernels that are
+    /// measured, nor in those that say whether the series as it is works.
+    pub fn mutants(self) -> bool {
+        matches!(self, Flavor::Mutants | Flavor::DebugMutants)
     }
 
     pub fn series(self) -> bool {
@@ -62,14 +77,23 @@ impl Flavor {
             Flavor::UmlStock => Some(Flavor::Uml),
             Flavor::Patched => Some(Flavor::Stock),
             Flavor::Stock => Some(Flavor::Patched),
-            Flavor::Debug => None,
+            Flavor::Debug | Flavor::Mutants | Flavor::DebugMutants => None,
+        }
+    }
+
+    /// Whose objects are a good start: most of them stay as they are.
+    pub fn donor(self) -> Option<Flavor> {
+        match self {
+            Flavor::Mutants => Some(Flavor::Uml),
+            Flavor::DebugMutants => Some(Flavor::Debug),
+            other => other.sibling(),
         }
     }
 
     /// Which source tree: see [`super::source::get`].
     pub fn track(self) -> &'static str {
         match self {
-            Flavor::Debug => "-debug",
+            Flavor::Debug | Flavor::DebugMutants => "-debug",
             _ => "",
         }
     }
@@ -77,9 +101,9 @@ impl Flavor {
     /// Minutes from nothing on two cores, for the message before.
     pub fn minutes(self) -> u32 {
         match self {
-            Flavor::Uml | Flavor::UmlStock => 7,
+            Flavor::Uml | Flavor::UmlStock | Flavor::Mutants => 7,
             Flavor::Patched | Flavor::Stock => 9,
-            Flavor::Debug => 14,
+            Flavor::Debug | Flavor::DebugMutants => 14,
         }
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod demo;
 pub mod fuzz;
+pub mod mutants;
 pub mod scenarios;
 pub mod smoke;
 pub mod test;

@@ -47,6 +47,9 @@ pub enum KernelName {
     Stock,
     /// With the series, KASAN, lockdep, kmemleak; QEMU only.
     Debug,
+    /// With the series and points where tests stop tasks; its hunks can be
+    /// taken out one by one. UML, or the debug kernel for qemu.
+    Mutants,
 }
 
 #[derive(Clone, Debug)]
@@ -143,9 +146,11 @@ pub fn resolve(
         (Vng, _) if icount => bail!("--icount is for --backend qemu"),
         (Uml, Patched) => Flavor::Uml,
         (Uml, Stock) => Flavor::UmlStock,
+        (Uml, Mutants) => Flavor::Mutants,
         (_, Patched) => Flavor::Patched,
         (_, Stock) => Flavor::Stock,
         (_, Debug) => Flavor::Debug,
+        (_, Mutants) => Flavor::DebugMutants,
     };
     Ok((backend, flavor))
 }

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Named points of the test kernels at which a task stops until it is told to go on (qemu/patches/7.3-tests): the way
+//! to hold a window of a few instructions open.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::env::skip;
+use super::wait::wait_for;
+
+const PATH: &str = "/sys/module/fuse/parameters/trap";
+
+/// An armed trap. Whoever stops in it goes on when this is dropped.
+pub struct Trap {
+    name: &'static str,
+}
+
+impl Trap {
+    /// The next task that comes to `name` will stop there. A kernel without traps: the scenario is skipped.
+    pub fn arm(name: &'static str) -> Result<Trap> {
+        if fs::metadata(PATH).is_err() {
+            return skip("this kernel has no traps (--kernel mutants has)");
+        }
+        fs::write(PATH, name)
+            .with_context(|| format!("the kernel does not know the trap {name}"))?;
+        Ok(Trap { name })
+    }
+
+    /// Waits until somebody has stopped.
+    pub fn wait(&self, patience: Duration) -> Result<()> {
+        wait_for(
+            &format!("a task to stop at {}", self.name),
+            patience,
+            || Ok(self.stopped()),
+        )
+    }
+
+    pub fn stopped(&self) -> bool {
+        fs::read_to_string(PATH).is_ok_and(|s| s.trim() == format!("stopped {}", self.name))
+    }
+
+    /// Lets it go on.
+    pub fn go(self) {}
+}
+
+impl Drop for Trap {
+    fn drop(&mut self) {
+        release();
+    }
+}
+
+/// Lets whoever has stopped go on; nothing without traps. For the runner, behind a scenario that was killed.
+pub fn release() {
+    let _ = fs::write(PATH, "go");
+}

@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Replies that a dead server wrote and nobody had consumed, and evictions, which begin before and end after: in
+//! every phase the counts come out right.
+
+use anyhow::{ensure, Context, Result};
+use nix::fcntl::OFlag;
+
+use super::help::{enter, populated, still_serves, Phase};
+use super::Scenario;
+use crate::raw::env::Env;
+use crate::raw::kit::{Config, Kit};
+use crate::raw::msg::Message;
+use crate::raw::ops::{self, Done};
+use crate::raw::trap::Trap;
+use crate::raw::wire::{op, ROOT};
+
+const DO_READDIRPLUS: u64 = 1 << 13;
+
+pub fn scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario::series(
+            "late/lookup",
+            "a LOOKUP consumed in any phase after its server died is asked again",
+            lookup,
+        ),
+        Scenario::series(
+            "late/revalidate",
+            "the same for a name that was cached",
+            revalidate,
+        ),
+        Scenario::series(
+            "late/create",
+            "the same for MKDIR, CREATE, MKNOD, SYMLINK and LINK: what was made is found, and counted once",
+            create,
+        ),
+        Scenario::series(
+            "late/readdirplus",
+            "the same for the entries of a listing",
+            readdirplus,
+        ),
+        Scenario::series(
+            "late/readdirplus-undone",
+            "a count is only taken back from the server that has it",
+            undone,
+        ),
+        Scenario::series(
+            "late/attributes",
+            "attributes that a dead server gave are not taken for those of the next",
+            attributes,
+        ),
+        Scenario::series(
+            "late/new-inode",
+            "an inode that is being set up during the walk keeps nobody from anything",
+            new_inode,
+        ),
+        Scenario::series(
+            "late/eviction",
+            "an eviction may begin and end in any phase",
+            eviction,
+        ),
+    ]
+}
+
+/// When the reply is consumed.
+const WHEN: [Option<Phase>; 5] = [
+    Some(Phase::Said),
+    Some(Phase::Root),
+    Some(Phase::Replay),
+    Some(Phase::Reported),
+    None,
+];
+
+/// Lets the application that stopped in `trap` go on in the phase given (`None`: when the next server serves), and
+/// completes the recovery.
+fn consumed_in(kit: &mut Kit<'_>, trap: Trap, phase: Option<Phase>) -> Result<()> {
+    let Some(phase) = phase else {
+        kit.recover()?;
+        trap.go();
+        return Ok(());
+    };
+    let left = match phase {
+        // `enter` counts on the server's table, which has what nobody consumed.
+        Phase::Replay => {
+            kit.restarted()?;
+            kit.confirm_root()?;
+            Some(kit.next_replay()?.0)
+        }
+        other => enter(kit, other)?,
+    };
+    trap.go();
+    if let Some((m, r)) = left.as_ref().and_then(|m| m.replay().map(|r| (m, r))) {
+        kit.confirm(m, &r)?;
+    }
+    // A second RESTARTED begins afresh: what was consumed meanwhile must not have done anything.
+    kit.recover()?;
+    Ok(())
+}
+
+fn lookup(env: &Env<'_>) -> Result<()> {
+    for phase in WHEN {
+        for name in ["cold", "again"] {
+            let mut kit = populated(env, 3)?;
+            kit.tree.file(ROOT, "cold", b"");
+            // A second name of an inode the kernel knows.
+            let f1 = kit.tree.child(ROOT, "f1").context("f1")?;
+            kit.tree.insert(ROOT, "again".as_ref(), f1);
+            kit.tree.node_mut(f1).nlink += 1;
+            let trap = Trap::arm("lookup_answered")?;
+            let app = kit.on("stat", name, |p| ops::stat(p).map(drop))?;
+            let m = kit.until_op(op::LOOKUP)?;
+            kit.answer(&m)?;
+            trap.wait(kit.patience)?;
+            consumed_in(&mut kit, trap, phase).with_context(|| format!("{name}, {phase:?}"))?;
+            let result = kit.serve(&app)?;
+            ensure!(
+                result == Ok(()),
+                "stat of {name}, consumed in {phase:?}, gave {result:?}"
+            );
+            kit.check_counts()
+                .with_context(|| format!("{name}, consumed in {phase:?}"))?;
+            still_serves(&mut kit)?;
+        }
+    }
+    Ok(())
+}
+
+fn revalidate(env: &Env<'_>) -> Result<()> {
+    for phase in WHEN {
+        let mut kit = Kit::granted(env)?;
+        kit.tree.entry_valid = 0;
+        super::help::populate(&mut kit, 3)?;
+        let trap = Trap::arm("revalidate_answered")?;
+        let app = kit.on("stat", "f1", |p| ops::stat(p).map(drop))?;
+        let m = kit.until_op(op::LOOKUP)?;
+        kit.answer(&m)?;
+        trap.wait(kit.patience)?;
+        consumed_in(&mut kit, trap, phase).with_context(|| format!("{phase:?}"))?;
+        let result = kit.serve(&app)?;
+        ensure!(
+            result == Ok(()),
+            "stat, consumed in {phase:?}, gave {result:?}"
+        );
+        kit.check_counts()
+            .with_context(|| format!("consumed in {phase:?}"))?;
+        still_serves(&mut kit)?;
+    }
+    Ok(())
+}
+
+fn create(env: &Env<'_>) -> Result<()> {
+    type Run = fn(&std::path::Path) -> Done<()>;
+    let cases: [(u32, Run); 5] = [
+        (op::MKDIR, |p| ops::mkdir(&p.join("new"))),
+        (op::CREATE, |p| {
+            ops::open(&p.join("new"), OFlag::O_CREAT | OFlag::O_RDWR).map(drop)
+        }),
+        (op::MKNOD, |p| {
+            nix::unistd::mkfifo(&p.join("new"), nix::sys::stat::Mode::S_IRUSR)
+        }),
+        (op::SYMLINK, |p| ops::symlink("f0", &p.join("new"))),
+        (op::LINK, |p| ops::link(&p.join("f0"), &p.join("new"))),
+    ];
+    for phase in WHEN {
+        for (opcode, run) in cases {
+            let mut kit = populated(env, 3)?;
+            let trap = Trap::arm("create_answered")?;
+            let app = kit.on(&op::name(opcode), "", run)?;
+            let m = kit.until_op(opcode)?;
+            kit.answer(&m)?;
+            trap.wait(kit.patience)?;
+            let what = format!("{}, consumed in {phase:?}", op::name(opcode));
+            consumed_in(&mut kit, trap, phase).with_context(|| what.clone())?;
+            let result = kit.serve(&app)?;
+            ensure!(result == Ok(()), "{what}, gave {result:?}");
+            kit.check_counts().context(what)?;
+            still_serves(&mut kit)?;
+        }
+    }
+    Ok(())
+}
+
+fn listing<'a>(env: &'a Env<'a>) -> Result<(Kit<'a>, u64)> {
+    let mut kit = Kit::granted_with(env, Config::with(DO_READDIRPLUS))?;
+    let dir = kit.tree.dir(ROOT, "d");
+    for i in 0..8 {
+        kit.tree.file(dir, &format!("x{i}"), b"");
+    }
+    ensure!(kit.run_on("stat", "d/x3", ops::stat)?.is_ok(), "stat");
+    Ok((kit, dir))
+}
+
+fn readdirplus(env: &Env<'_>) -> Result<()> {
+    for phase in WHEN {
+        let (mut kit, _) = listing(env)?;
+        let trap = Trap::arm("plus_answered")?;
+        let app = kit.on("list", "d", ops::listdir)?;
+        let m = kit.until_op(op::READDIRPLUS)?;
+        kit.answer(&m)?;
+        trap.wait(kit.patience)?;
+        consumed_in(&mut kit, trap, phase).with_context(|| format!("{phase:?}"))?;
+        let names = kit.serve(&app)?.context("listing d")?;
+        ensure!(names.len() == 8, "{} names", names.len());
+        kit.check_counts()
+            .with_context(|| format!("consumed in {phase:?}"))?;
+        still_serves(&mut kit)?;
+    }
+    Ok(())
+}
+
+/// An entry that cannot be linked into the tree (a directory inside itself) is counted first and then given back.
+fn undone(env: &Env<'_>) -> Result<()> {
+    for phase in WHEN {
+        let mut kit = Kit::granted_with(env, Config::with(DO_READDIRPLUS))?;
+        let outer = kit.tree.dir(ROOT, "outer");
+        let inner = kit.tree.dir(outer, "inner");
+        ensure!(
+            kit.run_on("stat", "outer/inner", ops::stat)?.is_ok(),
+            "stat"
+        );
+        // The server lies: the outer directory is inside the inner one.
+        kit.tree.insert(inner, "loop".as_ref(), outer);
+        let trap = Trap::arm("plus_counted")?;
+        let app = kit.on("list", "outer/inner", ops::listdir)?;
+        let m = kit.until_op(op::READDIRPLUS)?;
+        kit.answer(&m)?;
+        trap.wait(kit.patience)?;
+        consumed_in(&mut kit, trap, phase).with_context(|| format!("{phase:?}"))?;
+        let names = kit.serve(&app)?.context("listing")?;
+        ensure!(names == ["loop"], "{names:?}");
+        kit.check_counts()
+            .with_context(|| format!("undone in {phase:?}"))?;
+        still_serves(&mut kit)?;
+    }
+    Ok(())
+}
+
+fn attributes(env: &Env<'_>) -> Result<()> {
+    for phase in WHEN {
+        let mut kit = populated(env, 2)?;
+        let f0 = kit.tree.child(ROOT, "f0").context("f0")?;
+        let fd = super::help::open(&mut kit, "f0", OFlag::O_RDONLY)?;
+        let trap = Trap::arm("getattr_answered")?;
+        let app = kit.app("fstat", move || ops::fstat(fd).map(|s| s.stx_size))?;
+        let m = kit.until_op(op::GETATTR)?;
+        let before = kit.tree.node(f0).data.len() as u64;
+        kit.answer(&m)?;
+        trap.wait(kit.patience)?;
+        kit.tree.node_mut(f0).data = vec![0; 1000];
+        consumed_in(&mut kit, trap, phase).with_context(|| format!("{phase:?}"))?;
+        let size = kit.serve(&app)?;
+        ensure!(size == Ok(before), "the stat under way gave {size:?}");
+        // By the descriptor: a name would be looked up again, which brings attributes.
+        let now = kit.run("fstat", move || {
+            nix::sys::stat::fstat(unsafe_fd(fd)).map(|s| s.st_size)
+        })?;
+        ensure!(
+            now == Ok(1000),
+            "a stat begun under the new server gave {now:?}: what a dead server said, consumed in {phase:?}"
+        );
+        still_serves(&mut kit)?;
+    }
+    Ok(())
+}
+
+fn unsafe_fd(fd: std::os::fd::RawFd) -> std::os::fd::BorrowedFd<'static> {
+    // SAFETY: the kit's descriptors are never closed by themselves.
+    unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) }
+}
+
+fn new_inode(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    kit.tree.file(ROOT, "cold", b"");
+    let trap = Trap::arm("iget_new")?;
+    let app = kit.on("stat", "cold", |p| ops::stat(p).map(drop))?;
+    let m = kit.until_op(op::LOOKUP)?;
+    kit.answer(&m)?;
+    trap.wait(kit.patience)?;
+    // New inodes are at the head of the list: the walk comes to this one first.
+    kit.restarted()?;
+    kit.confirm_root()?;
+    trap.go();
+    kit.recover()?;
+    ensure!(kit.serve(&app)? == Ok(()), "stat of the new file");
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+fn eviction(env: &Env<'_>) -> Result<()> {
+    let begins = [
+        None,
+        Some(Phase::Said),
+        Some(Phase::Replay),
+        Some(Phase::Reported),
+    ];
+    for begin in begins {
+        for end_in_recovery in [false, true] {
+            let mut kit = populated(env, 3)?;
+            let left: Option<Message> = match begin {
+                Some(phase) => enter(&mut kit, phase)?,
+                None => None,
+            };
+            let trap = Trap::arm("evict_forget")?;
+            let dropper = kit.app("drop_caches", || {
+                std::fs::write("/proc/sys/vm/drop_caches", "2").is_ok()
+            })?;
+            // In a recovery the engine may have every inode in its hands; then nobody gets there.
+            let patience = match begin {
+                None => kit.patience,
+                Some(_) => std::time::Duration::from_millis(300),
+            };
+            let reached = trap.wait(patience).is_ok();
+            ensure!(
+                reached || begin.is_some(),
+                "nothing was evicted: this scenario shows nothing"
+            );
+            if let Some((m, r)) = left.as_ref().and_then(|m| m.replay().map(|r| (m, r))) {
+                kit.confirm(m, &r)?;
+            }
+            if end_in_recovery {
+                kit.restarted()?;
+                kit.confirm_root()?;
+                trap.go();
+                ensure!(dropper.finish(kit.patience)?, "drop_caches");
+                kit.recover()?;
+            } else {
+                kit.recover()?;
+                trap.go();
+                ensure!(kit.serve(&dropper)?, "drop_caches");
+            }
+            // Tree::forget refuses a FORGET of what this server does not count.
+            kit.check_counts()
+                .with_context(|| format!("begun in {begin:?}, ended inside: {end_in_recovery}"))?;
+            still_serves(&mut kit)?;
+        }
+    }
+    Ok(())
+}

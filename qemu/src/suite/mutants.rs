@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: GPL-2.0
+//! `scripts/mutants`: takes the hunks of the series out, one at a time, and
+//! sees the scenario fail that Documentation/traps.md names for it.
+//!
+//! Each has a guest of its own: without its hunk a kernel may hang or fall over.
+
+use super::build_program;
+use crate::guest::OUT_FILE;
+use crate::paths::Paths;
+use crate::ui;
+use crate::vm::{self, BackendName, KernelName};
+use anyhow::{ensure, Context, Result};
+use clap::Args;
+use serde::Deserialize;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Take hunks of the series out and see that the scenario for each fails
+///
+/// Documentation/traps.md has a table: trap, scenario, mutant, hunk, what happens
+/// without it. For each row a guest boots the kernel `mutants`, in which every
+/// such hunk can be switched off, switches that one off and runs the scenario.
+/// A scenario that passes guards nothing: that is an error.
+///
+/// Examples:
+///   scripts/mutants                      # all: some 10 seconds each
+///   scripts/mutants sort read_recheck    # these
+///   scripts/mutants --list
+#[derive(Args)]
+#[command(verbatim_doc_comment)]
+pub struct MutantsArgs {
+    /// Only these mutants
+    names: Vec<String>,
+    /// Show the table's rows and run nothing
+    #[arg(long)]
+    list: bool,
+}
+
+/// A row of the table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Row {
+    mutant: String,
+    scenario: String,
+}
+
+/// What a guest's run said.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// The scenario failed, and how.
+    Noticed(String),
+    /// It passed.
+    Survived,
+    /// It did not run.
+    Nothing(String),
+}
+
+#[derive(Deserialize)]
+struct Summary {
+    scenarios: Vec<Outcome>,
+}
+
+#[derive(Deserialize)]
+struct Outcome {
+    verdict: String,
+    reason: String,
+}
+
+pub fn run(paths: &Paths, args: &MutantsArgs) -> Result<ExitCode> {
+    let document = paths.repo.join("Documentation/traps.md");
+    let text =
+        std::fs::read_to_string(&document).with_context(|| document.display().to_string())?;
+    let mut rows = rows(&text);
+    ensure!(
+        !rows.is_empty(),
+        "{} has no rows with mutants",
+        document.display()
+    );
+    for name in &args.names {
+        ensure!(
+            rows.iter().any(|r| r.mutant == *name),
+            "{} has no mutant {name:?}; --list shows them",
+            document.display()
+        );
+    }
+    rows.retain(|r| args.names.is_empty() || args.names.contains(&r.mutant));
+    if args.list {
+        for row in &rows {
+            println!("{:<20} {}", row.mutant, row.scenario);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let program = build_program(paths, false)?;
+    let mut wrong = Vec::new();
+    for row in &rows {
+        let verdict = one(paths, &program, row)?;
+        match &verdict {
+            Verdict::Noticed(how) => {
+                ui::step(format!("{}: {} fails: {how}", row.mutant, row.scenario))
+            }
+            Verdict::Survived => ui::step(format!("{}: {} PASSES", row.mutant, row.scenario)),
+            Verdict::Nothing(why) => ui::step(format!("{}: nothing ran: {why}", row.mutant)),
+        }
+        if !matches!(verdict, Verdict::Noticed(_)) {
+            wrong.push(row.mutant.as_str());
+        }
+    }
+    println!(
+        "{} mutants, {} noticed, {} not{}{}",
+        rows.len(),
+        rows.len() - wrong.len(),
+        wrong.len(),
+        if wrong.is_empty() { "" } else { ": " },
+        wrong.join(" ")
+    );
+    Ok(if wrong.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Rows of Markdown tables whose third column is `mutant` in backquotes.
+fn rows(text: &str) -> Vec<Row> {
+    let code = |cell: &str| {
+        cell.trim()
+            .strip_prefix('`')?
+            .strip_suffix('`')
+            .map(str::to_owned)
+    };
+    text.lines()
+        .filter_map(|line| {
+            let cells: Vec<&str> = line.strip_prefix('|')?.split('|').collect();
+            Some(Row {
+                scenario: code(cells.get(1)?)?,
+                mutant: code(cells.get(2)?)?,
+            })
+        })
+        .collect()
+}
+
+fn one(paths: &Paths, program: &Path, row: &Row) -> Result<Verdict> {
+    let out = std::env::temp_dir().join(format!(
+        "fuse-restart-mutant-{}-{}.json",
+        row.mutant,
+        std::process::id()
+    ));
+    let script = "echo $1 > /sys/module/fuse/parameters/mutant && exec $0 scenario --patience 4 --limit 70 --json $2 $3";
+    let argv = [
+        "sh",
+        "-c",
+        script,
+        &program.display().to_string(),
+        &row.mutant,
+        OUT_FILE,
+        &row.scenario,
+    ];
+    let options = vm::Options {
+        backend: BackendName::Uml,
+        kernel: KernelName::Mutants,
+        timeout: Duration::from_secs(120),
+        out: Some(out.clone()),
+        quiet: true,
+        argv: argv.map(str::to_owned).into(),
+        ..vm::Options::default()
+    };
+    let code = vm::run(paths, &options)?;
+    let json = std::fs::read(&out).unwrap_or_default();
+    let _ = std::fs::remove_file(&out);
+    Ok(judge(code, &json))
+}
+
+fn judge(code: u8, json: &[u8]) -> Verdict {
+    let told: Option<Summary> = serde_json::from_slice(json).ok();
+    let failed = told.as_ref().and_then(|s| {
+        let bad = s.scenarios.iter().find(|o| o.verdict == "fail")?;
+        Some(bad.reason.lines().next().unwrap_or_default().to_owned())
+    });
+    let passed = told
+        .as_ref()
+        .is_some_and(|s| s.scenarios.iter().any(|o| o.verdict == "pass"));
+    match (code, failed, passed) {
+        (vm::EXIT_REPORT, why, _) => Verdict::Noticed(format!(
+            "the kernel complains{}",
+            why.map(|w| format!(" ({w})")).unwrap_or_default()
+        )),
+        (vm::EXIT_TIMEOUT, ..) => Verdict::Noticed("the guest hangs".into()),
+        (_, Some(why), _) => Verdict::Noticed(why),
+        (0, None, true) => Verdict::Survived,
+        (code, ..) => Verdict::Nothing(format!("status {code}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_read_and_the_rest_is_not() {
+        let text = "\
+# Traps
+| trap | scenario | mutant | hunk | without it |
+|---|---|---|---|---|
+| held in order | `held/thousand` | `sort` | x | y |
+| none is possible | `held/a` | none: a race | x | y |
+no | `a` | `b` |
+";
+        let wanted = Row {
+            mutant: "sort".into(),
+            scenario: "held/thousand".into(),
+        };
+        assert_eq!(rows(text), [wanted]);
+    }
+
+    #[test]
+    fn only_a_failure_notices() {
+        let json = |verdict: &str| {
+            format!(r#"{{"scenarios":[{{"verdict":"{verdict}","reason":"why\nmore"}}]}}"#)
+                .into_bytes()
+        };
+        assert_eq!(judge(1, &json("fail")), Verdict::Noticed("why".into()));
+        assert_eq!(judge(0, &json("pass")), Verdict::Survived);
+        assert!(matches!(judge(0, &json("skip")), Verdict::Nothing(_)));
+        assert!(matches!(judge(125, b""), Verdict::Nothing(_)));
+        assert!(matches!(
+            judge(vm::EXIT_REPORT, &json("pass")),
+            Verdict::Noticed(_)
+        ));
+        assert!(matches!(judge(vm::EXIT_TIMEOUT, b""), Verdict::Noticed(_)));
+    }
+}
