@@ -28,10 +28,12 @@ mod revoked_map;
 pub mod runner;
 mod stale;
 mod stale_data;
+mod stock_order;
 mod survive;
 mod system;
 mod transit;
 mod unmount;
+mod waits;
 mod windows;
 
 use std::path::PathBuf;
@@ -122,7 +124,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 26] = [
+    let families: [fn() -> Vec<Scenario>; 28] = [
         bad_input::scenarios,
         replay::scenarios,
         resend::scenarios,
@@ -149,6 +151,8 @@ fn table() -> Vec<Scenario> {
         windows::scenarios,
         aftermath::scenarios,
         system::scenarios,
+        waits::scenarios,
+        stock_order::scenarios,
     ];
     families.iter().flat_map(|family| family()).collect()
 }
