@@ -214,7 +214,21 @@ pub fn bad_read(dev: &Device, small: bool) {
 }
 
 /// Bytes whose header is made from a number: nearly right, or nothing at all.
+/// Writes `len` bytes made from `seed`, most of them with a header that looks like one.
 pub fn raw(dev: &Device, len: u16, seed: u64) -> Result<(), Errno> {
+    dev.write_raw(&nonsense(len, seed)).map(drop)
+}
+
+/// What of this nonsense is none: RESEND has never looked at what follows its header.
+pub fn is_resend(len: u16, seed: u64) -> bool {
+    let mut found = false;
+    patch_header(&mut nonsense(len, seed), |h| {
+        found = h.unique == 0 && h.error == notify::RESEND && h.len == u32::from(len);
+    });
+    found
+}
+
+fn nonsense(len: u16, seed: u64) -> Vec<u8> {
     let mut rng = Rng(seed);
     let mut bytes: Vec<u8> = (0..len).map(|_| rng.next() as u8).collect();
     let (shape, code) = (rng.below(4), [12, 12, 1, 7, 5, 0][rng.below(6)]);
@@ -239,7 +253,7 @@ pub fn raw(dev: &Device, len: u16, seed: u64) -> Result<(), Errno> {
         };
         bytes[16..48].copy_from_slice(out.as_bytes());
     }
-    dev.write_raw(&bytes).map(drop)
+    bytes
 }
 
 pub fn identity(who: Who, right: [u64; 2]) -> [u64; 2] {
@@ -407,5 +421,14 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_resend_with_a_tail_is_no_nonsense() {
+        assert!(is_resend(5000, 1654004609911954735));
+        let found = (0..4000).filter(|seed| is_resend(49, *seed)).count();
+        // One of six codes; length and id are right in one of four shapes, and the other two are not.
+        assert!((4000 / 24 / 2..4000 / 24 * 2).contains(&found), "{found}");
+        assert!((0..4000).all(|seed| !is_resend(15, seed)));
     }
 }

@@ -141,10 +141,14 @@ impl<'k, 'e> Server<'k, 'e> {
             Op::Notify(note) => self.notify(note)?,
             Op::Raw(len, seed) => {
                 let result = hand::raw(&self.kit.dev, len, seed);
-                ensure!(
-                    !self.honest() || result.is_err(),
-                    "{len} bytes of nonsense (seed {seed}) were accepted"
-                );
+                if hand::is_resend(len, seed) {
+                    self.notified(result, notify::RESEND)?;
+                } else {
+                    ensure!(
+                        !self.honest() || result.is_err(),
+                        "{len} bytes of nonsense (seed {seed}) were accepted"
+                    );
+                }
             }
             Op::BadRead(small) => hand::bad_read(&self.kit.dev, small),
             Op::Clone => {
@@ -382,18 +386,22 @@ impl<'k, 'e> Server<'k, 'e> {
             self.notifiers.push(notifier);
             return Ok(());
         }
-        let result = self.kit.dev.write_raw(&bytes);
-        if note.code == notify::RESEND && result.is_ok() {
+        let result = self.kit.dev.write_raw(&bytes).map(drop);
+        self.notified(result, note.code)
+    }
+
+    /// What follows from a notification that does not wait.
+    fn notified(&mut self, result: Result<(), Errno>, code: i32) -> Result<()> {
+        if code == notify::RESEND && result.is_ok() {
             self.last_id = None;
             for kept in &mut self.pool {
                 kept.stale = true;
             }
         }
-        if self.recovering && !self.rivalled && note.code != notify::POLL && note.code != 12 {
+        if self.recovering && !self.rivalled && code != notify::POLL && code != 12 {
             ensure!(
                 result.is_err(),
-                "notification {} was accepted during a recovery",
-                note.code
+                "notification {code} was accepted during a recovery"
             );
         }
         Ok(())
