@@ -28,6 +28,7 @@ enum Command {
     Demo(crate::demo::Args),
     Scenario(crate::scenario::Args),
     Fuzz(crate::fuzz::Args),
+    Stress(crate::stress::Args),
 }
 
 pub fn main() -> ExitCode {
@@ -40,6 +41,7 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => crate::demo::run(args),
         Command::Scenario(args) => crate::scenario::run(&args),
         Command::Fuzz(args) => crate::fuzz::run(&args),
+        Command::Stress(args) => crate::stress::run(&args),
     };
     result.unwrap_or_else(|e| {
         eprintln!("fuse-restart: {e:#}");

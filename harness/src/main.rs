@@ -12,6 +12,7 @@ mod raw;
 mod scenario;
 mod serve;
 mod status;
+mod stress;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;

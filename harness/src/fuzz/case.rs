@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
-use nix::fcntl::RenameFlags;
+use nix::fcntl::{OFlag, RenameFlags};
 use nix::mount::{umount2, MntFlags};
 use nix::sys::signal::Signal;
 
@@ -92,7 +92,7 @@ fn story(kit: &mut Kit<'_>, script: &Script, seed: u64, shared: &'static Shared)
             reap(&mut running, script, server.kit.patience)?;
             unharmed(script, shared)?;
             drop(server);
-            works(kit)
+            works(kit, script)
         }
         End::Detach => {
             umount2(&mnt, MntFlags::MNT_DETACH).context("umount -l")?;
@@ -227,43 +227,65 @@ fn unharmed(script: &Script, shared: &Shared) -> Result<()> {
 }
 
 /// A fixed workload gives what it should, and the counts of both sides are equal.
-fn works(kit: &mut Kit<'_>) -> Result<()> {
+fn works(kit: &mut Kit<'_>, script: &Script) -> Result<()> {
+    if script.mode == Mode::Hostile {
+        // An inode that was revoked because of a lie keeps its lookups until it is evicted, and is not replayed.
+        kit.run("drop_caches", || {
+            std::fs::write("/proc/sys/vm/drop_caches", "2")
+        })??;
+        kit.settle()?;
+    }
     let base = kit.path("work");
     let result = kit.run("the fixed workload", move || workload(&base))?;
-    match result {
-        Ok(true) => {}
-        Ok(false) => bail!("the fixed workload read something else than it wrote"),
-        Err(e) => bail!("the fixed workload failed: {e}"),
+    if let Err(why) = result {
+        bail!("the fixed workload: {why}");
     }
     kit.check_counts()
         .context("counts after the good server took over")?;
     sums(kit)
 }
 
-fn workload(base: &Path) -> Done<bool> {
-    ops::mkdir(base)?;
+fn workload(base: &Path) -> Result<(), String> {
     let name = |n: usize| base.join(format!("file{n}"));
     let data = |n: usize| vec![n as u8 ^ 0x5c; 1000 * n + 1];
+    let step = |what: &str, n: usize, done: Done<bool>| match done {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(format!("{what} {n} gave something else")),
+        Err(e) => Err(format!("{what} {n}: {e}")),
+    };
+    let yes = |()| true;
+    step("mkdir", 0, ops::mkdir(base).map(yes))?;
     for n in 0..8 {
-        let fd = ops::open(
-            &name(n),
-            nix::fcntl::OFlag::O_RDWR | nix::fcntl::OFlag::O_CREAT,
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT;
+        let made = ops::open(&name(n), flags).and_then(|fd| {
+            let wrote = ops::pwrite(fd, &data(n), 0).map(|len| len == data(n).len());
+            ops::close(fd).and(wrote)
+        });
+        step("create and write", n, made)?;
+    }
+    for n in 0..8 {
+        step(
+            "read",
+            n,
+            ops::read_file(&name(n)).map(|read| read == data(n)),
         )?;
-        ops::pwrite(fd, &data(n), 0)?;
-        ops::close(fd)?;
     }
-    for n in 0..8 {
-        if ops::read_file(&name(n))? != data(n) {
-            return Ok(false);
-        }
-    }
-    ops::rename(&name(0), &name(1), RenameFlags::empty())?;
-    ops::unlink(&name(2))?;
-    let mut names = ops::listdir(base)?;
-    names.sort();
+    let renamed = ops::rename(&name(0), &name(1), RenameFlags::empty());
+    step("rename", 0, renamed.map(yes))?;
+    step("unlink", 2, ops::unlink(&name(2)).map(yes))?;
     let left: Vec<String> = [1, 3, 4, 5, 6, 7].map(|n| format!("file{n}")).into();
+    let listed = ops::listdir(base).map(|mut names| {
+        names.sort();
+        names == left
+    });
+    step("list", 0, listed)?;
+    step(
+        "read",
+        1,
+        ops::read_file(&name(1)).map(|read| read == data(0)),
+    )?;
     let removed = matches!(ops::stat(&name(2)), Err(Errno::ENOENT));
-    Ok(names == left && ops::read_file(&name(1))? == data(0) && removed)
+    step("stat of the removed", 2, Ok(removed))
 }
 
 /// The last user of a detached mount is gone, so it is unmounted; the server sees that.

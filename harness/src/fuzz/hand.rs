@@ -3,6 +3,7 @@
 
 use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use zerocopy::{FromBytes, IntoBytes};
@@ -13,7 +14,8 @@ use crate::raw::app::Proc;
 use crate::raw::dev::Device;
 use crate::raw::msg::Message;
 use crate::raw::tree::Answer;
-use crate::raw::wait::Rng;
+use crate::raw::uffd::Abyss;
+use crate::raw::wait::{wait_for, Rng};
 use crate::raw::wire::*;
 
 /// An address at which nothing is ever mapped.
@@ -102,6 +104,8 @@ pub fn answer(
         }),
         How::Fault => return fault(dev, &bytes),
         How::Forked => return forked(dev, &bytes),
+        How::Drown if bytes.len() > 16 => return drown(dev, &bytes),
+        How::Drown => {}
     }
     dev.write_raw(&bytes).map(drop)
 }
@@ -196,6 +200,24 @@ fn forked(dev: &Device, bytes: &[u8]) -> Result<(), Errno> {
     });
     drop(writer);
     // Nobody knows.
+    Err(Errno::EINPROGRESS)
+}
+
+/// A process whose answer's payload never comes is killed while the kernel waits for it.
+fn drown(dev: &Device, bytes: &[u8]) -> Result<(), Errno> {
+    let writer = Proc::spawn("a writer that drowns", &[], || {
+        Abyss::new(1 << 18).map_or(99, |a| {
+            a.write_to(dev.raw(), &bytes[..16], bytes.len() - 16)
+        })
+    });
+    if let Ok(writer) = writer {
+        let file = format!("/proc/{}/syscall", writer.tid());
+        let writes = libc::SYS_writev.to_string();
+        let _ = wait_for("the writer to write", Duration::from_millis(50), || {
+            let text = std::fs::read_to_string(&file).unwrap_or_default();
+            Ok(text.split(' ').next() == Some(&writes) || writer.ended()?)
+        });
+    }
     Err(Errno::EINPROGRESS)
 }
 

@@ -11,7 +11,7 @@ mod hand;
 mod rival;
 mod script;
 mod server;
-mod shared;
+pub mod shared;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,7 +44,7 @@ pub struct Args {
     /// Default: the clock; printed
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
-    /// Stop when servers and applications have done this many operations
+    /// Stop when so many operations are done: messages read, writes to the device, system calls of applications
     #[arg(long, value_name = "N", default_value_t = 20_000)]
     ops: u64,
     /// Only this case
@@ -97,6 +97,9 @@ struct Summary {
     failed: u32,
     skipped: u32,
     server_ops: u64,
+    /// Writes to the device, messages read from it, and operations of applications.
+    operations: u64,
+    writes: u64,
     app_ops: u64,
     messages: u64,
     recoveries: u64,
@@ -153,7 +156,7 @@ fn fuzz(
     let first = args.case.unwrap_or(args.from);
     for case in first.. {
         let counts = shared.counts();
-        let done = counts.server_ops + counts.app_ops;
+        let done = counts.operations();
         let enough = match (args.case, args.cases) {
             (Some(only), _) => case > only,
             (_, Some(n)) => case >= first + n,
@@ -196,6 +199,8 @@ fn fuzz(
     }
     let counts = shared.counts();
     summary.server_ops = counts.server_ops;
+    summary.operations = counts.operations();
+    summary.writes = counts.writes;
     summary.app_ops = counts.app_ops;
     summary.messages = counts.messages;
     summary.recoveries = counts.recoveries;
@@ -205,13 +210,14 @@ fn fuzz(
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     println!(
-        "{} passed, {} failed; {} steps of servers, {} messages, {} recoveries, {} operations of applications, {:.1} s",
+        "{} passed, {} failed; {} operations: {} writes to the device, {} messages read, {} of applications; {} recoveries, {:.1} s",
         summary.passed,
         summary.failed,
-        summary.server_ops,
+        summary.operations,
+        summary.writes,
         summary.messages,
-        summary.recoveries,
         summary.app_ops,
+        summary.recoveries,
         summary.seconds
     );
     let fine = summary.failed == 0 && summary.passed > 0;

@@ -69,6 +69,7 @@ impl Rival {
                 self.answer(&m, how);
             }
             Op::Restarted(who, salt) => {
+                self.shared.write();
                 let _ = self.dev.restarted(RestartedOut {
                     cookie: COOKIE_BIT | salt,
                     identity: hand::identity(who, self.identity),
@@ -77,6 +78,7 @@ impl Rival {
             }
             Op::Flood(n) => {
                 for i in 0..n {
+                    self.shared.write();
                     let _ = self.dev.restarted(RestartedOut {
                         cookie: COOKIE_BIT | u64::from(i),
                         ..Default::default()
@@ -84,6 +86,7 @@ impl Rival {
                 }
             }
             Op::Commit(which) => {
+                self.shared.write();
                 let now = self
                     .conn
                     .recovery()?
@@ -96,6 +99,7 @@ impl Rival {
                 });
             }
             Op::Notify(note) => {
+                self.shared.write();
                 let nodes: Vec<u64> = (ROOT..4).chain(100..160).collect();
                 let _ = self.dev.write_raw(&hand::note(note, &nodes));
             }
@@ -133,6 +137,7 @@ impl Rival {
     }
 
     fn answer(&mut self, m: &Message, how: How) {
+        self.shared.write();
         let truth = self.invent(m);
         let _ = hand::answer(&self.dev, m, &truth, how, &mut self.rng);
     }

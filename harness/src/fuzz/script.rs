@@ -60,6 +60,8 @@ pub enum How {
     Fault,
     /// Written by a process that is killed at once.
     Forked,
+    /// Written by a process that is killed while the kernel copies the answer.
+    Drown,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -311,6 +313,7 @@ fn how(r: &mut Rng, mode: Mode) -> How {
             3 => How::Id(1 << (48 + r.below(8))),
             4 => How::Id(1 << 63),
             5 => How::Length([-1, 1, 100, -16][r.below(4)]),
+            6 => How::Drown,
             _ => How::Truth,
         };
     }
@@ -339,6 +342,7 @@ fn how(r: &mut Rng, mode: Mode) -> How {
         14 => How::Length([-1, 1, 100, -16, -32000][r.below(5)]),
         15 => How::Fault,
         16 => How::Forked,
+        17 => How::Drown,
         _ => How::Truth,
     }
 }
@@ -415,6 +419,7 @@ mod tests {
                         | How::Splice
                         | How::Id(_)
                         | How::Length(_)
+                        | How::Drown
                 );
                 assert!(tame, "{how:?}");
             }

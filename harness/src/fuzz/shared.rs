@@ -10,6 +10,7 @@ use nix::sys::mman::{mmap_anonymous, MapFlags, ProtFlags};
 #[derive(Default)]
 pub struct Shared {
     server_ops: AtomicU64,
+    writes: AtomicU64,
     messages: AtomicU64,
     recoveries: AtomicU64,
     app_ops: AtomicU64,
@@ -21,9 +22,19 @@ pub struct Shared {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub server_ops: u64,
+    /// Writes to the device.
+    pub writes: u64,
+    /// Messages read from it.
     pub messages: u64,
     pub recoveries: u64,
     pub app_ops: u64,
+}
+
+impl Counts {
+    /// What was done to the device, and what applications did.
+    pub fn operations(&self) -> u64 {
+        self.writes + self.messages + self.app_ops
+    }
 }
 
 impl Shared {
@@ -47,6 +58,10 @@ impl Shared {
         self.server_ops.fetch_add(1, SeqCst);
     }
 
+    pub fn write(&self) {
+        self.writes.fetch_add(1, SeqCst);
+    }
+
     pub fn message(&self) {
         self.messages.fetch_add(1, SeqCst);
     }
@@ -62,6 +77,7 @@ impl Shared {
     pub fn counts(&self) -> Counts {
         Counts {
             server_ops: self.server_ops.load(SeqCst),
+            writes: self.writes.load(SeqCst),
             messages: self.messages.load(SeqCst),
             recoveries: self.recoveries.load(SeqCst),
             app_ops: self.app_ops.load(SeqCst),

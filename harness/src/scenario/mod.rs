@@ -15,6 +15,7 @@ mod dentries;
 mod handover;
 mod held;
 mod help;
+mod interrupts;
 mod kill;
 mod late;
 mod lost;
@@ -33,6 +34,7 @@ mod survive;
 mod system;
 mod transit;
 mod unmount;
+mod unprivileged;
 mod waits;
 mod windows;
 
@@ -124,7 +126,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 28] = [
+    let families: [fn() -> Vec<Scenario>; 30] = [
         bad_input::scenarios,
         replay::scenarios,
         resend::scenarios,
@@ -135,8 +137,10 @@ fn table() -> Vec<Scenario> {
         dentries::scenarios,
         background::scenarios,
         handover::scenarios,
+        interrupts::scenarios,
         kill::scenarios,
         unmount::scenarios,
+        unprivileged::scenarios,
         bad_inode::scenarios,
         revoked::scenarios,
         revoked_held::scenarios,

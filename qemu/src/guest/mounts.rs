@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use nix::mount::{mount, MsFlags};
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Kept open across the mounts that hide it.
@@ -50,6 +51,11 @@ pub fn late(job: &Job) -> Result<Vec<String>> {
         ("stderr", "/proc/self/fd/2"),
     ] {
         let _ = std::os::unix::fs::symlink(to, Path::new("/dev").join(name));
+    }
+
+    // As udev's rules have it everywhere: who may mount in his own namespace may serve.
+    if let Err(e) = fs::set_permissions("/dev/fuse", fs::Permissions::from_mode(0o666)) {
+        missing.push(format!("/dev/fuse for everybody: {e}"));
     }
 
     let kept = open_kept(&job.keep);

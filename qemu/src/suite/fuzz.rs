@@ -22,7 +22,7 @@ struct Summary {
     seed: u64,
     passed: u32,
     failed: u32,
-    server_ops: u64,
+    operations: u64,
 }
 
 pub fn run(paths: &Paths, tally: &mut Tally) {
@@ -72,7 +72,7 @@ fn judge(summary: &Summary, code: u8) -> Result<()> {
         code == 0,
         "the guest ended with status {code} (seed {seed})"
     );
-    anyhow::ensure!(summary.passed > 0 && summary.server_ops > 0, "no case ran");
+    anyhow::ensure!(summary.passed > 0 && summary.operations > 0, "no case ran");
     Ok(())
 }
 
@@ -82,11 +82,11 @@ mod tests {
 
     #[test]
     fn nothing_done_is_no_success() {
-        let of = |passed, failed, server_ops| Summary {
+        let of = |passed, failed, operations| Summary {
             seed: 1,
             passed,
             failed,
-            server_ops,
+            operations,
         };
         assert!(judge(&of(3, 0, 400), 0).is_ok());
         assert!(judge(&of(0, 0, 0), 0).is_err());

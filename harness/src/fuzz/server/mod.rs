@@ -140,6 +140,7 @@ impl<'k, 'e> Server<'k, 'e> {
             Op::Recover => self.recover()?,
             Op::Notify(note) => self.notify(note)?,
             Op::Raw(len, seed) => {
+                self.shared.write();
                 let result = hand::raw(&self.kit.dev, len, seed);
                 if hand::is_resend(len, seed) {
                     self.notified(result, notify::RESEND)?;
@@ -169,6 +170,7 @@ impl<'k, 'e> Server<'k, 'e> {
                 let _ = std::fs::write("/proc/sys/vm/drop_caches", "2");
             }
             Op::Probe => {
+                self.shared.write();
                 let errno = self.kit.dev.probe();
                 ensure!(errno == Errno::ESTALE, "the probe says {errno}");
             }
@@ -181,13 +183,16 @@ impl<'k, 'e> Server<'k, 'e> {
     // ---- reading -------------------------------------------------------------------------------
 
     fn read(&mut self) -> Result<Option<(u32, Message)>> {
+        self.read_within(Duration::from_millis(2))
+    }
+
+    fn read_within(&mut self, limit: Duration) -> Result<Option<(u32, Message)>> {
         let pick = self.rng.below(1 + self.clones.len());
         let (id, dev) = match pick.checked_sub(1) {
             Some(i) => (self.clones[i].0, &mut self.clones[i].1),
             None => (0, &mut self.kit.dev),
         };
-        // A little patience, or everything would be over before an application ran.
-        let m = match dev.read(Duration::from_millis(2))? {
+        let m = match dev.read(limit)? {
             Read1::Message(m) => m,
             Read1::Nothing => return Ok(None),
             // The root was refused, or the connection has been aborted.
@@ -311,6 +316,7 @@ impl<'k, 'e> Server<'k, 'e> {
             },
         };
         let truth = kept.executed.clone().unwrap_or(Answer::Err(libc::EIO));
+        self.shared.write();
         let result = hand::answer(device, &kept.m, &truth, how, &mut self.rng);
         ensure!(
             result != Err(Errno::EALREADY),
@@ -321,7 +327,10 @@ impl<'k, 'e> Server<'k, 'e> {
             return Ok(());
         }
         let m = &kept.m;
-        let taken = matches!(how, How::Truth | How::Twice | How::Pieces | How::Splice);
+        let taken = matches!(
+            how,
+            How::Truth | How::Twice | How::Pieces | How::Splice | How::Drown
+        );
         match result {
             Ok(()) => {
                 ensure!(!kept.stale, "a late answer to {m} was taken");
@@ -334,6 +343,8 @@ impl<'k, 'e> Server<'k, 'e> {
                     }
                 }
             }
+            // It will come again, at once or after the next RESTARTED.
+            Err(Errno::EINPROGRESS) => self.last_id = None,
             // The requester is gone, or the server is known to be.
             Err(Errno::ENOENT) => {
                 if taken && !kept.stale {
@@ -365,6 +376,7 @@ impl<'k, 'e> Server<'k, 'e> {
     fn notify(&mut self, note: Note) -> Result<()> {
         let nodes: Vec<u64> = self.kit.tree.nodes.keys().copied().collect();
         let bytes = hand::note(note, &nodes);
+        self.shared.write();
         let waits = matches!(
             note.code,
             notify::INVAL_INODE

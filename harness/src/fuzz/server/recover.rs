@@ -23,6 +23,7 @@ impl Server<'_, '_> {
             identity,
             ..Default::default()
         };
+        self.shared.write();
         let result = self.kit.dev.restarted(out);
         if who == Who::Stranger {
             ensure!(
@@ -51,6 +52,7 @@ impl Server<'_, '_> {
             epoch,
             identity: self.kit.config.identity,
         };
+        self.shared.write();
         let result = self.kit.dev.restarted(out);
         if self.rivalled {
             return Ok(());
