@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -14,6 +15,9 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::busy::{self, Holder};
 use super::mount;
+
+const TRIES: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
@@ -74,13 +78,12 @@ impl Unmounter {
         );
         std::thread::spawn(move || {
             // A failed send or write means that the keeper has ended.
-            let result = match how {
-                How::Clean => mount::unmount(&mountpoint),
-                How::Lazily => mount::unmount_lazily(&mountpoint),
-            };
-            let holders = match result {
-                Err(Errno::EBUSY) => busy::holders(&mountpoint),
-                _ => Vec::new(),
+            let (result, holders) = match how {
+                How::Clean => unless_held(
+                    || mount::unmount(&mountpoint),
+                    || busy::holders(&mountpoint),
+                ),
+                How::Lazily => (mount::unmount_lazily(&mountpoint), Vec::new()),
             };
             let _ = sender.send(Outcome {
                 how,
@@ -109,8 +112,88 @@ impl Unmounter {
     }
 }
 
+/// Tries again while the mount is busy and nobody is to be seen who holds it, for at most a second.  A process between
+/// fork and exec has every file of its parent open, and whoever ends closes his files after he has gone from /proc.
+fn unless_held(
+    mut unmount: impl FnMut() -> nix::Result<()>,
+    mut holders: impl FnMut() -> Vec<Holder>,
+) -> (nix::Result<()>, Vec<Holder>) {
+    for _ in 0..TRIES {
+        match unmount() {
+            Err(Errno::EBUSY) => {}
+            result => return (result, Vec::new()),
+        }
+        let seen = holders();
+        if !seen.is_empty() {
+            return (Err(Errno::EBUSY), seen);
+        }
+        std::thread::sleep(PAUSE);
+    }
+    (Err(Errno::EBUSY), Vec::new())
+}
+
 impl AsFd for Unmounter {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.done.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn busy_for_a_moment_is_not_busy() {
+        let mut attempts = 0;
+        let (result, holders) = unless_held(
+            || {
+                attempts += 1;
+                match attempts {
+                    1 | 2 => Err(Errno::EBUSY),
+                    _ => Ok(()),
+                }
+            },
+            Vec::new,
+        );
+        assert_eq!((result, holders.len(), attempts), (Ok(()), 0, 3));
+    }
+
+    #[test]
+    fn who_is_seen_is_told_at_once() {
+        let mut attempts = 0;
+        let holder = || Holder {
+            pid: 7,
+            name: "sh".into(),
+            how: "cwd".into(),
+        };
+        let busy = || {
+            attempts += 1;
+            Err(Errno::EBUSY)
+        };
+        let (result, holders) = unless_held(busy, || vec![holder()]);
+        assert_eq!((result, holders.len(), attempts), (Err(Errno::EBUSY), 1, 1));
+    }
+
+    #[test]
+    fn held_by_no_process_comes_to_an_end() {
+        let mut attempts = 0;
+        let busy = || {
+            attempts += 1;
+            Err(Errno::EBUSY)
+        };
+        let (result, holders) = unless_held(busy, Vec::new);
+        assert_eq!((result, holders.len()), (Err(Errno::EBUSY), 0));
+        assert_eq!(attempts, TRIES);
+    }
+
+    #[test]
+    fn other_errors_are_not_tried_again() {
+        let mut attempts = 0;
+        let denied = || {
+            attempts += 1;
+            Err(Errno::EPERM)
+        };
+        assert_eq!(unless_held(denied, Vec::new).0, Err(Errno::EPERM));
+        assert_eq!(attempts, 1);
     }
 }

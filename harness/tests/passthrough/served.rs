@@ -274,7 +274,14 @@ impl Served {
     /// Stops the keeper in the regular way and gives the backing back.
     pub fn unmount(mut self) -> Scratch {
         kill(Pid::from_raw(self.keeper.id() as i32), Signal::SIGTERM).unwrap();
-        let status = self.keeper.wait().unwrap();
+        let status = wait_for("the keeper to unmount and end", || {
+            assert!(
+                self.events("busy").is_empty(),
+                "the mount is busy:\n{}",
+                self.stderr()
+            );
+            self.keeper.try_wait().unwrap()
+        });
         assert!(status.success(), "{status}:\n{}", self.stderr());
         // Drop only has the scratch file system left to take down.
         let empty = Scratch {
