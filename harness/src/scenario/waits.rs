@@ -11,17 +11,17 @@ use nix::fcntl::OFlag;
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
 
-use super::help::{populated, still_serves};
+use super::help::{populate, populated, still_serves};
 use super::kill::{dies, grace, mkdir_process};
 use super::Scenario;
 use crate::raw::app::{state, Proc};
 use crate::raw::dev::poll_one;
 use crate::raw::env::{skip, Env};
-use crate::raw::kit::Kit;
+use crate::raw::kit::{Config, Kit};
 use crate::raw::ops;
 use crate::raw::trap::Trap;
 use crate::raw::wait::wait_for;
-use crate::raw::wire::op;
+use crate::raw::wire::{init, op, ROOT};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![
@@ -49,6 +49,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "kill/closed-clone",
             "a killed task whose request a closed clone gave back goes with RESTARTED",
             closed_clone,
+        ),
+        Scenario::series(
+            "kill/dirty-pages",
+            "the limit: a killed task with a file of dirty pages ends when they are written, not before, and loses none",
+            dirty_pages,
         ),
         Scenario::series(
             "system/freezer",
@@ -150,6 +155,39 @@ fn flush_after_signal(env: &Env<'_>) -> Result<()> {
         still_serves(&mut kit)?;
     }
     Ok(())
+}
+
+/// The last close of a file with dirty pages writes them, as only an open file can; a task that ends closes its files,
+/// and then no signal reaches it any more.
+fn dirty_pages(env: &Env<'_>) -> Result<()> {
+    const DATA: [u8; 8192] = [0x6b; 8192];
+    let mut kit = Kit::granted_with(env, Config::with(init::WRITEBACK_CACHE))?;
+    populate(&mut kit, 3)?;
+    let (app, _told) = with_open_file(&mut kit, "f0", |fd| match ops::pwrite(fd, &DATA, 0) {
+        Ok(_) => pause(fd),
+        Err(_) => 1,
+    })?;
+    let syscall = format!("/proc/{}/syscall", app.tid());
+    kit.serve_until("the application to have written", |_| {
+        let text = std::fs::read_to_string(&syscall).unwrap_or_default();
+        Ok(text.split(' ').next() == Some(&libc::SYS_pause.to_string()))
+    })?;
+    kit.settle()?;
+    kit.restarted()?;
+    app.signal(Signal::SIGKILL)?;
+    app.wait_asleep(kit.patience)?;
+    ensure!(
+        !app.ended()?,
+        "it ended before its pages were written: the limit has gone, and so has to go from the documents"
+    );
+    kit.recover()?;
+    kit.serve_until("the end of the killed task", |_| app.ended())?;
+    let node = kit.tree.child(ROOT, "f0").context("f0")?;
+    ensure!(
+        kit.tree.nodes[&node].data[..DATA.len()] == DATA,
+        "data lost"
+    );
+    still_serves(&mut kit)
 }
 
 fn no_interrupt(env: &Env<'_>) -> Result<()> {
