@@ -8,7 +8,8 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Barrier;
+use std::sync::mpsc::{channel, Sender};
+use std::time::Duration;
 
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
 
@@ -52,36 +53,54 @@ fn a_hundred_thousand_open_files() {
         let fds = format!("/proc/{}/fd", served.server_pid());
         fs::read_dir(fds).unwrap().count()
     };
-    let barrier = Barrier::new(THREADS + 1);
     std::thread::scope(|scope| {
-        for thread in 0..THREADS {
-            let (barrier, path) = (&barrier, &path);
-            scope.spawn(move || {
-                // SAFETY: this thread gets a table of its own, in which what the others have open stays open.
-                assert_eq!(unsafe { libc::unshare(libc::CLONE_FILES) }, 0);
-                let open: Vec<File> = (0..EACH)
-                    .map(|n| {
-                        let path = path(n * THREADS + thread);
-                        let file = OpenOptions::new().read(true).write(true).open(path);
-                        file.unwrap_or_else(|e| panic!("{thread}, open number {n}: {e}"))
-                    })
-                    .collect();
-                barrier.wait(); // All are open.
-                barrier.wait(); // The server is another one.
-                for n in (0..EACH).step_by(41) {
-                    let mut text = [0; 32];
-                    let read = open[n].read_at(&mut text, 0);
-                    let read = read.unwrap_or_else(|e| panic!("{thread}, file {n}: {e}"));
-                    let want = format!("content of {}", (n * THREADS + thread) % FILES);
-                    assert_eq!(text[..read], *want.as_bytes());
-                    let written = open[n].write_at(b"c", 0);
-                    written.unwrap_or_else(|e| panic!("{thread}, file {n}: {e}"));
-                }
-                barrier.wait(); // All were used.
-                open[EACH - 1].write_at(b"C", 0).unwrap();
-            });
-        }
-        barrier.wait();
+        // Whoever panics drops his ends, and nobody waits for him.
+        let (ready, all_ready) = channel();
+        let threads: Vec<Sender<()>> = (0..THREADS)
+            .map(|thread| {
+                let (go, told) = channel();
+                let (ready, path) = (ready.clone(), &path);
+                scope.spawn(move || {
+                    // SAFETY: this thread gets a table of its own without what others have open: it would keep that
+                    // open, and their mounts busy.
+                    let alone = unsafe {
+                        libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_UNSHARE as i32)
+                    };
+                    assert_eq!(alone, 0);
+                    let open: Vec<File> = (0..EACH)
+                        .map(|n| {
+                            let path = path(n * THREADS + thread);
+                            let file = OpenOptions::new().read(true).write(true).open(path);
+                            file.unwrap_or_else(|e| panic!("{thread}, open number {n}: {e}"))
+                        })
+                        .collect();
+                    ready.send(()).unwrap();
+                    told.recv().unwrap(); // The server is another one.
+                    for n in (0..EACH).step_by(41) {
+                        let mut text = [0; 32];
+                        let read = open[n].read_at(&mut text, 0);
+                        let read = read.unwrap_or_else(|e| panic!("{thread}, file {n}: {e}"));
+                        let want = format!("content of {}", (n * THREADS + thread) % FILES);
+                        assert_eq!(text[..read], *want.as_bytes());
+                        let written = open[n].write_at(b"c", 0);
+                        written.unwrap_or_else(|e| panic!("{thread}, file {n}: {e}"));
+                    }
+                    ready.send(()).unwrap();
+                    told.recv().unwrap(); // All were used.
+                    open[EACH - 1].write_at(b"C", 0).unwrap();
+                });
+                go
+            })
+            .collect();
+        drop(ready);
+        let wait = |what: &str| {
+            for _ in 0..THREADS {
+                let next = all_ready.recv_timeout(Duration::from_secs(120));
+                next.unwrap_or_else(|e| panic!("{what}: {e}"));
+            }
+        };
+        let go = || threads.iter().for_each(|t| t.send(()).unwrap());
+        wait("all are open");
         let open = THREADS * EACH;
         let each = (memory_of_state(&served) - before) as f64 / open as f64;
         eprintln!("{open} files are open, {each:.1} bytes of state for each");
@@ -93,9 +112,10 @@ fn a_hundred_thousand_open_files() {
             "{} were opened for nothing",
             descriptors()
         );
-        barrier.wait();
-        barrier.wait();
+        go();
+        wait("all were used");
         assert!(descriptors() < NOFILE as usize);
+        go();
     });
     let last = fs::read(path(THREADS * EACH - 1)).unwrap();
     assert!(last.starts_with(b"Content"));

@@ -48,7 +48,7 @@ impl Server {
         opts: Options,
         nofile: u64,
     ) -> Server {
-        // Half for open files, a part for nodes, the rest for what operations open in passing.
+        // Each can be half as many for a moment: 3/4 together, the rest for what operations open in passing.
         let nofile = usize::try_from(nofile).unwrap_or(usize::MAX);
         Server {
             backing,
@@ -56,8 +56,8 @@ impl Server {
             state,
             device,
             opts,
-            paths: FdCache::new((nofile / 4).min(16 * 1024)),
-            files: FdCache::new((nofile / 2).min(256 * 1024)),
+            paths: FdCache::new((nofile / 6).min(16 * 1024)),
+            files: FdCache::new((nofile / 3).min(256 * 1024)),
         }
     }
 
