@@ -48,6 +48,10 @@ pub fn start(
             alarm(micros);
         }
         let work = move |thread: usize, ops: Vec<AppOp>| {
+            // Where one of them goes with chdir(), the other must not be.
+            // SAFETY: only this thread's current directory, root and umask are concerned.
+            let alone = unsafe { libc::unshare(libc::CLONE_FS) };
+            assert_eq!(alone, 0, "unshare: {}", Errno::last());
             let mut app = App {
                 base: PathBuf::from(format!("a{index}{}", ["", "t"][thread])),
                 kept: None,
@@ -208,7 +212,15 @@ impl App {
         let read = ops::pread(fd, len + 1, 0);
         let size = ops::fstat(fd).map(|s| s.stx_size);
         ops::close(fd)?;
-        if read? != data || size? != len as u64 {
+        let (read, size) = (read?, size?);
+        if read != data || size != len as u64 {
+            let same = read.iter().zip(&data).take_while(|(a, b)| a == b).count();
+            eprintln!(
+                "{}: {} bytes of {len} were read, the first {same} right, then {:x?}; the size is {size}",
+                path.display(),
+                read.len(),
+                &read[same..read.len().min(same + 8)],
+            );
             return Err(Errno::UnknownErrno);
         }
         gone_once(ops::unlink(&path))

@@ -228,20 +228,29 @@ fn unharmed(script: &Script, shared: &Shared) -> Result<()> {
 
 /// A fixed workload gives what it should, and the counts of both sides are equal.
 fn works(kit: &mut Kit<'_>, script: &Script) -> Result<()> {
-    if script.mode == Mode::Hostile {
-        // An inode that was revoked because of a lie keeps its lookups until it is evicted, and is not replayed.
-        kit.run("drop_caches", || {
-            std::fs::write("/proc/sys/vm/drop_caches", "2")
-        })??;
-        kit.settle()?;
-    }
     let base = kit.path("work");
     let result = kit.run("the fixed workload", move || workload(&base))?;
     if let Err(why) = result {
         bail!("the fixed workload: {why}");
     }
-    kit.check_counts()
-        .context("counts after the good server took over")?;
+    // An inode that was revoked because of a lie keeps its lookups until it is evicted, and is not replayed. To evict
+    // it takes a look at it for each reference to its age, so more than one.
+    let rounds = match script.mode {
+        Mode::Hostile => 5,
+        Mode::Honest => 0,
+    };
+    let mut counts = kit.check_counts();
+    for _ in 0..rounds {
+        if counts.is_ok() {
+            break;
+        }
+        kit.run("drop_caches", || {
+            std::fs::write("/proc/sys/vm/drop_caches", "2")
+        })??;
+        kit.settle()?;
+        counts = kit.check_counts();
+    }
+    counts.context("counts after the good server took over")?;
     sums(kit)
 }
 

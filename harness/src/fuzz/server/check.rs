@@ -54,9 +54,9 @@ impl Server<'_, '_> {
                 "an honest server's inodes were revoked: {report:?}"
             );
             ensure!(
-                !self.honest() || report.replayed == self.shown.len() as u64,
+                !self.honest() || report.replayed == self.answered,
                 "{} replays were answered, the report says {}",
-                self.shown.len(),
+                self.answered,
                 report.replayed
             );
         }

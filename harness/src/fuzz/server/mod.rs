@@ -55,6 +55,8 @@ pub struct Server<'k, 'e> {
     /// The mount may go any moment, and the device with it.
     pub ending: bool,
     shown: Vec<Replay>,
+    /// How many that were since RESTARTED: `shown` ends with COMMIT, the report may be read later.
+    answered: u64,
     /// Nodes whose replay was answered with an error.
     refused: HashSet<u64>,
     report: Option<wire::Report>,
@@ -83,6 +85,7 @@ impl<'k, 'e> Server<'k, 'e> {
             ending: false,
             refused: HashSet::new(),
             shown: Vec::new(),
+            answered: 0,
             report: None,
             last_id: None,
             notifiers: Vec::new(),
@@ -338,6 +341,7 @@ impl<'k, 'e> Server<'k, 'e> {
                 self.journal.remove(&m.original());
                 if let Some(replay) = m.replay() {
                     self.shown.push(replay);
+                    self.answered += 1;
                     if matches!(truth, Answer::Err(_)) {
                         self.refused.insert(replay.nodeid);
                     }

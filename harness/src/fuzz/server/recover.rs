@@ -38,6 +38,7 @@ impl Server<'_, '_> {
         self.report = None;
         self.last_id = None;
         self.shown.clear();
+        self.answered = 0;
         self.refused.clear();
         for kept in &mut self.pool {
             kept.stale = true;
