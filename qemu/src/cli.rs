@@ -28,6 +28,7 @@ enum Sub {
     Kernel(KernelArgs),
     Test(suite::test::TestArgs),
     Mutants(suite::mutants::MutantsArgs),
+    Scenarios(suite::table::TableArgs),
     Demo(suite::demo::DemoArgs),
     Rfc(crate::rfc::RfcArgs),
     /// The guest's side, where the guest's init is not ours (virtme-ng).
@@ -150,6 +151,7 @@ pub fn run() -> Result<ExitCode> {
         Sub::Kernel(a) => a.run(&paths),
         Sub::Test(a) => suite::test::run(&paths, &a),
         Sub::Mutants(a) => suite::mutants::run(&paths, &a),
+        Sub::Scenarios(a) => suite::table::run(&paths, &a),
         Sub::Demo(a) => suite::demo::run(&paths, &a),
         Sub::Rfc(a) => crate::rfc::run(&paths, &a),
         Sub::Guest => unreachable!("handled above"),

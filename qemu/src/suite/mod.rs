@@ -6,6 +6,7 @@ pub mod fuzz;
 pub mod mutants;
 pub mod scenarios;
 pub mod smoke;
+pub mod table;
 pub mod test;
 
 use crate::paths::Paths;
