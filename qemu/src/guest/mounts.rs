@@ -69,6 +69,10 @@ pub fn late(job: &Job) -> Result<Vec<String>> {
     }
     // Last, because a directory to keep may lie below it.
     fs_mount("tmp", "/tmp", "tmpfs", "mode=1777,inode64")?;
+    // A home that was below the /tmp that is hidden now.
+    if job.home.starts_with("/tmp") {
+        fs::create_dir_all(&job.home).with_context(|| job.home.display().to_string())?;
+    }
     for k in kept {
         if let Err(e) = restore(&k) {
             missing.push(format!("{} is not visible: {e:#}", k.path.display()));

@@ -19,6 +19,12 @@ pub fn run(paths: &Paths, tally: &mut Tally, debug_kernel: bool) {
             .collect::<Vec<_>>()
             .join(" ");
         let run = |command: &str| vm(paths, g, command);
+        // The first time this also finds out whether KVM works, and says so.
+        tally.check(&format!("{name}: it boots"), || {
+            let out = run("true")?;
+            ensure!(out.status.success(), "{out:?}");
+            Ok(())
+        });
         tally.check(
             &format!("{name}: outputs and exit status come through, unmixed"),
             || passes_through(&run),
