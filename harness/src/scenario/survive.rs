@@ -426,8 +426,16 @@ fn parallel_lookups(env: &Env<'_>, revoked: bool) -> Result<()> {
             ensure!(result == Ok(()), "a lookup gave {result:?}");
         }
         let more = kit.served.iter().filter(|m| m.is_named(op::LOOKUP, "cold"));
+        // As ever, those who wait are woken before the entry has its time (d_splice_alias(), then
+        // fuse_change_entry_timeout()), so each of them may find none yet and ask once. Then it has one.
         let more = more.count();
-        ensure!(more == 0, "the name was looked up {more} more times");
+        ensure!(more <= 7, "the name was looked up {more} more times");
+        kit.served.clear();
+        let app = kit.on("stat again", "d/cold", stat)?;
+        let result = kit.serve(&app)?;
+        ensure!(result == Ok(()), "a lookup gave {result:?}");
+        let late = kit.served.iter().find(|m| m.is_named(op::LOOKUP, "cold"));
+        ensure!(late.is_none(), "the answer was not kept: {late:?}");
     }
     kit.check_counts()?;
     still_serves(&mut kit)
