@@ -28,8 +28,8 @@ use measure::Memory;
 
 /// Kill a server thousands of times under many applications and memory pressure.
 ///
-/// Each cycle kills the server at a random moment, waits for its end, and starts the next one, which recovers by itself.
-/// No application may see an error or wrong data, no request may be older than the last recovery for longer than the
+/// Each cycle kills the server at a random moment, waits for its end, and starts the next one, which recovers by itself:
+/// a cycle has ended when that one has committed. One server in four is killed before, and is counted apart. No application may see an error or wrong data, no request may be older than the last recovery for longer than the
 /// patience, and at the end slab objects and descriptors must be back where they were. Root and the series are needed.
 ///
 /// Example: scripts/vm --kernel debug --timeout 7200 -- target/debug/fuse-restart stress --threads 24 --cycles 2000
@@ -39,7 +39,7 @@ pub struct Args {
     /// Application threads
     #[arg(long, value_name = "N", default_value_t = 24)]
     threads: usize,
-    /// Times that the server is killed
+    /// Times that the server is killed and has recovered
     #[arg(long, value_name = "N", default_value_t = 2000)]
     cycles: u64,
     /// Stop after so many seconds, whatever was done
@@ -47,7 +47,7 @@ pub struct Args {
     seconds: Option<u64>,
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
-    /// Milliseconds that a server lives at most
+    /// Milliseconds that a server lives at most once it serves
     #[arg(long, value_name = "MS", default_value_t = 40)]
     life: u64,
     /// MiB that the memory hog touches again and again; 0: none
@@ -65,7 +65,7 @@ struct Summary {
     kernel: String,
     seed: u64,
     threads: usize,
-    cycles: u64,
+    kills: u64,
     recoveries: u64,
     /// Servers killed before they had committed.
     unfinished: u64,
@@ -133,24 +133,39 @@ fn stress(args: &Args, env: &Env<'_>, before: Memory) -> Result<Summary> {
         0
     })?;
     let mut rng = Rng(env.seed);
-    let (mut cycles, mut unfinished, mut last) = (0, 0, 0);
+    let recoveries = || {
+        let numbers = kit.conn.recovery()?.context("no `recovery` file")?;
+        numbers.get("total_recoveries")
+    };
+    let (mut kills, mut unfinished, mut recovered) = (0, 0, 0);
+    // How long the last recovery took that was waited for.
+    let mut took = Duration::from_millis(args.life);
     let mut told = Instant::now();
     let mut progress = (0, Instant::now());
-    while cycles < args.cycles && !runner::interrupted() {
+    while recovered < args.cycles && !runner::interrupted() {
         if args.seconds.is_some_and(|s| start.elapsed().as_secs() >= s) {
             break;
         }
-        // Not before it has begun, so that there is progress at all; often before it has committed.
-        std::thread::sleep(Duration::from_millis(rng.next() % args.life.max(1)));
+        // The first serves at once, the others recover.
+        let patient = kills == 0 || rng.next() % 4 != 0;
+        if patient && kills > 0 {
+            let begun = Instant::now();
+            wait_for("the recovery", env.patience, || {
+                Ok(recoveries()? > recovered)
+            })
+            .with_context(|| format!("after {kills} kills{}", kit.situation()))?;
+            took = begun.elapsed();
+        }
+        let life = match patient {
+            true => args.life,
+            false => took.as_millis() as u64,
+        };
+        std::thread::sleep(Duration::from_millis(rng.next() % life.max(1)));
         server.take().context("no server")?.kill(env.patience)?;
-        cycles += 1;
-        let recovered = kit
-            .conn
-            .recovery()?
-            .context("no `recovery` file")?
-            .get("total_recoveries")?;
-        unfinished += u64::from(recovered == last);
-        last = recovered;
+        let now = recoveries()?;
+        unfinished += u64::from(kills > 0 && now == recovered);
+        kills += 1;
+        recovered = now;
         server = Some(server::spawn(&kit, &state, true)?);
         if shared.wrong().is_some() {
             break;
@@ -161,14 +176,14 @@ fn stress(args: &Args, env: &Env<'_>, before: Memory) -> Result<Summary> {
         }
         ensure!(
             progress.1.elapsed() < env.patience,
-            "no operation has ended for {:?}, after {cycles} cycles{}",
+            "no operation has ended for {:?}, after {kills} kills{}",
             progress.1.elapsed(),
             kit.situation()
         );
         if told.elapsed() > Duration::from_secs(20) {
             told = Instant::now();
             println!(
-                "{cycles} cycles, {recovered} recoveries, {done} operations, {:.0} s",
+                "{kills} kills, {recovered} recoveries, {done} operations, {:.0} s",
                 start.elapsed().as_secs_f64()
             );
         }
@@ -193,7 +208,7 @@ fn stress(args: &Args, env: &Env<'_>, before: Memory) -> Result<Summary> {
         kernel: runner::kernel()?,
         seed: env.seed,
         threads: args.threads,
-        cycles,
+        kills,
         recoveries: get("total_recoveries")?,
         unfinished,
         operations: shared.counts().app_ops,
@@ -271,7 +286,7 @@ fn report(args: &Args, summary: &Summary) -> Result<ExitCode> {
     }
     println!(
         "{} kills, {} recoveries, {} killed before COMMIT; {} operations of {} threads, {} resent, {} errors, {:.1} s",
-        summary.cycles,
+        summary.kills,
         summary.recoveries,
         summary.unfinished,
         summary.operations,
