@@ -147,7 +147,7 @@ fn stress(args: &Args, env: &Env<'_>, before: Memory) -> Result<Summary> {
             break;
         }
         // The first serves at once, the others recover.
-        let patient = kills == 0 || rng.next() % 4 != 0;
+        let patient = kills == 0 || !rng.next().is_multiple_of(4);
         if patient && kills > 0 {
             let begun = Instant::now();
             wait_for("the recovery", env.patience, || {
