@@ -59,6 +59,8 @@ pub enum Action {
     /// A device that the dead server had cloned is closed.
     CloseDevice,
     Abort,
+    /// Somebody writes COMMIT though there was no report.
+    Probe,
     /// The file of this nodeid is another one now.
     Replace(u8),
 }
@@ -153,6 +155,9 @@ impl Size {
         }
         if left.aborts > 0 {
             to.push(Action::Abort);
+        }
+        if left.probes > 0 && s.phase() != Phase::Prepared {
+            to.push(Action::Probe);
         }
         if left.extra > 0 {
             to.push(Action::Restarted);
@@ -259,6 +264,11 @@ impl Size {
             Action::Abort => {
                 s.left.aborts -= 1;
                 s.abort();
+            }
+            Action::Probe => {
+                s.left.probes -= 1;
+                // It is refused; if not, then other properties fail.
+                let _ = s.say_commit(self, s.epoch());
             }
             Action::Replace(file) => {
                 s.left.replaced -= 1;

@@ -119,6 +119,7 @@ const NONE: Budget = Budget {
     given_back: 0,
     evictions: 0,
     closes: 0,
+    probes: 0,
     aborts: 0,
 };
 
@@ -157,13 +158,14 @@ pub fn sizes() -> Vec<Size> {
         ),
         size(
             "twice",
-            "one application; two crashes, also in the middle of a recovery; an error for no reason",
+            "one application; two crashes, also in the middle of a recovery; an error for no reason; a probe",
             &[&[Lookup(0), Touch]],
             [1, 0],
             Budget {
                 crashes: 2,
                 keeper: true,
                 errors: 1,
+                probes: 1,
                 ..NONE
             },
         ),

@@ -281,6 +281,8 @@ pub struct Budget {
     pub evictions: u8,
     /// Cloned devices that are closed by a crash, before anybody says RESTARTED.
     pub closes: u8,
+    /// COMMITs of the present epoch when nobody was asked for one, as probes are.
+    pub probes: u8,
     /// Aborts of the connection.
     pub aborts: u8,
 }

@@ -144,6 +144,7 @@ pub fn tell(before: &State, action: Action, after: &State) -> String {
         Action::KeeperRestarted => format!("the keeper says RESTARTED: epoch {}", after.epoch()),
         Action::Restarted => format!("somebody says RESTARTED: epoch {}", after.epoch()),
         Action::CloseDevice => "a cloned device of the dead server is closed".into(),
+        Action::Probe => format!("somebody writes COMMIT of {}", before.epoch()),
         Action::Abort => "the connection is aborted".into(),
         Action::Replace(file) => format!("nodeid {file} is given to another file"),
     }
