@@ -33,7 +33,7 @@ impl Tree {
         let parent = m.nodeid();
         if m.opcode() != op::FORGET
             && !m.wants_no_reply()
-            && m.opcode() != op::STATFS
+            && !matches!(m.opcode(), op::STATFS | op::DESTROY)
             && !self.nodes.contains_key(&parent)
         {
             return Ok(Answer::Err(libc::ESTALE));
@@ -45,7 +45,8 @@ impl Tree {
                 }
                 Answer::Nothing
             }
-            op::INTERRUPT | op::NOTIFY_REPLY | op::DESTROY => Answer::Nothing,
+            op::INTERRUPT | op::NOTIFY_REPLY => Answer::Nothing,
+            op::DESTROY => Answer::Ok(Vec::new()),
             op::LOOKUP => match self.lookup(parent, m.name()?) {
                 Some(id) => self.entry_answer(id),
                 None if self.cache_negative => Answer::of(&EntryOut {

@@ -40,6 +40,8 @@ pub struct Config {
     pub answer_init: bool,
     /// Mount options beside the usual ones.
     pub options: &'static str,
+    /// Mount this block device as `fuseblk`.
+    pub device: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -56,6 +58,7 @@ impl Default for Config {
             max_stack_depth: 0,
             answer_init: true,
             options: "",
+            device: None,
         }
     }
 }
@@ -118,10 +121,14 @@ impl<'a> Kit<'a> {
             config.options
         );
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        let (source, kind) = match &config.device {
+            Some(device) => (device.as_path(), "fuseblk"),
+            None => (Path::new("fuse-restart-scenario"), "fuse"),
+        };
         mount(
-            Some("fuse-restart-scenario"),
+            Some(source),
             &mnt,
-            Some("fuse"),
+            Some(kind),
             flags,
             Some(options.as_str()),
         )
@@ -520,8 +527,8 @@ impl Drop for Kit<'_> {
     }
 }
 
-/// The id under which fusectl shows the mount: the device's minor number, as mountinfo has it. A `stat` would need
-/// the server.
+/// The id under which fusectl shows the mount: the device number as the kernel keeps it, which mountinfo has in two
+/// parts. A `stat` would need the server.
 fn connection_id(mnt: &Path) -> Result<u32> {
     let table = fs::read_to_string("/proc/self/mountinfo").context("cannot read mountinfo")?;
     parse_connection_id(&table, &mnt.display().to_string())
@@ -533,7 +540,8 @@ fn parse_connection_id(table: &str, mnt: &str) -> Option<u32> {
         .lines()
         .rev()
         .find(|l| l.split(' ').nth(4) == Some(mnt))?;
-    line.split(' ').nth(2)?.strip_prefix("0:")?.parse().ok()
+    let (major, minor) = line.split(' ').nth(2)?.split_once(':')?;
+    Some(major.parse::<u32>().ok()? << 20 | minor.parse::<u32>().ok()?)
 }
 
 #[cfg(test)]
@@ -541,13 +549,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_connection_is_the_minor_number_of_the_topmost_mount() {
+    fn the_connection_is_the_device_number_of_the_topmost_mount() {
         let table = "20 1 0:5 / /tmp/a rw - tmpfs x rw\n21 20 0:77 / /tmp/b rw - fuse f rw\n22 21 0:78 / /tmp/b rw - fuse f rw\n";
         assert_eq!(parse_connection_id(table, "/tmp/b"), Some(78));
         assert_eq!(parse_connection_id(table, "/tmp/c"), None);
-        assert_eq!(
-            parse_connection_id("20 1 8:1 / /m rw - ext4 x rw\n", "/m"),
-            None
-        );
+        let block = "20 1 7:3 / /m rw - fuseblk /dev/loop3 rw\n";
+        assert_eq!(parse_connection_id(block, "/m"), Some((7 << 20) | 3));
     }
 }

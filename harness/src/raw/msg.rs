@@ -114,7 +114,7 @@ impl Message {
     pub fn wants_no_reply(&self) -> bool {
         matches!(
             self.opcode(),
-            op::FORGET | op::BATCH_FORGET | op::INTERRUPT | op::NOTIFY_REPLY | op::DESTROY
+            op::FORGET | op::BATCH_FORGET | op::INTERRUPT | op::NOTIFY_REPLY
         )
     }
 

@@ -24,6 +24,11 @@ pub fn scenarios() -> Vec<Scenario> {
             lookup,
         ),
         Scenario::series(
+            "late/stamp",
+            "an answer is of the server that read the request, whoever serves when it is consumed",
+            stamp,
+        ),
+        Scenario::series(
             "late/revalidate",
             "the same for a name that was cached",
             revalidate,
@@ -120,6 +125,29 @@ fn lookup(env: &Env<'_>) -> Result<()> {
                 .with_context(|| format!("{name}, consumed in {phase:?}"))?;
             still_serves(&mut kit)?;
         }
+    }
+    Ok(())
+}
+
+/// A LOOKUP stopped before its stamp is taken.
+fn stamp(env: &Env<'_>) -> Result<()> {
+    for phase in WHEN {
+        let mut kit = populated(env, 3)?;
+        kit.tree.file(ROOT, "cold", b"");
+        let trap = Trap::arm("stamp")?;
+        let app = kit.on("stat", "cold", |p| ops::stat(p).map(drop))?;
+        let m = kit.until_op(op::LOOKUP)?;
+        kit.answer(&m)?;
+        trap.wait(kit.patience)?;
+        consumed_in(&mut kit, trap, phase).with_context(|| format!("{phase:?}"))?;
+        let result = kit.serve(&app)?;
+        ensure!(
+            result == Ok(()),
+            "stat, consumed in {phase:?}, gave {result:?}"
+        );
+        kit.check_counts()
+            .with_context(|| format!("consumed in {phase:?}"))?;
+        still_serves(&mut kit)?;
     }
     Ok(())
 }

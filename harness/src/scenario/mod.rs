@@ -12,6 +12,7 @@ mod bad_input;
 mod clones;
 mod counts;
 mod dentries;
+mod fuseblk;
 mod handover;
 mod held;
 mod help;
@@ -19,6 +20,7 @@ mod interrupts;
 mod kill;
 mod late;
 mod lost;
+mod module;
 mod patience;
 mod replay;
 mod resend;
@@ -126,7 +128,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 30] = [
+    let families: [fn() -> Vec<Scenario>; 32] = [
         bad_input::scenarios,
         replay::scenarios,
         resend::scenarios,
@@ -140,6 +142,8 @@ fn table() -> Vec<Scenario> {
         interrupts::scenarios,
         kill::scenarios,
         unmount::scenarios,
+        fuseblk::scenarios,
+        module::scenarios,
         unprivileged::scenarios,
         bad_inode::scenarios,
         revoked::scenarios,

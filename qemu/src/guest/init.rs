@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Process 1 of a guest. It must never return: the kernel panics if it does.
 
-use super::{command, mounts, Channel, Job, JOB_KEY};
+use super::{command, mounts, Channel, Job, JOB_KEY, MODULE_ENV};
 use crate::frame::{self, Kind, Status};
 use anyhow::{bail, Context, Result};
 use nix::sys::reboot::{reboot, RebootMode};
@@ -78,6 +78,9 @@ fn guest(power_off: &mut bool) -> Result<()> {
 }
 
 fn prepare(job: &Job) -> Result<Vec<String>> {
+    for (_, module) in job.env.iter().filter(|(key, _)| key == MODULE_ENV) {
+        load(Path::new(module))?;
+    }
     let mut notes = mounts::late(job)?;
     let _ = nix::unistd::sethostname("fuse-restart");
     if let Err(e) = loopback_up() {
@@ -87,6 +90,12 @@ fn prepare(job: &Job) -> Result<Vec<String>> {
     let _ = setrlimit(Resource::RLIMIT_NOFILE, 1 << 20, 1 << 20);
     let _ = setrlimit(Resource::RLIMIT_CORE, 0, libc::RLIM_INFINITY);
     Ok(notes)
+}
+
+fn load(module: &Path) -> Result<()> {
+    let file = File::open(module).with_context(|| module.display().to_string())?;
+    nix::kmod::finit_module(&file, c"", nix::kmod::ModuleInitFlags::empty())
+        .with_context(|| format!("cannot load {}", module.display()))
 }
 
 /// The job file's path from the kernel command line (quoted if it has spaces).

@@ -40,5 +40,7 @@ pub enum Channel {
 pub const PORT: &str = "fuse-restart";
 /// Kernel command-line key that names the job file.
 pub const JOB_KEY: &str = "fuse_restart_job";
+/// Environment variable that names the module to load before anything else.
+pub const MODULE_ENV: &str = "FUSE_RESTART_MODULE";
 /// Where a command in the guest may leave a file for the host.
 pub const OUT_FILE: &str = "/run/fuse-restart/out";

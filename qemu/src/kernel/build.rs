@@ -88,6 +88,9 @@ pub fn build(paths: &Paths, flavor: Flavor) -> Result<Built> {
     let jobs = std::thread::available_parallelism().map_or(2, |n| n.get());
     let mut c = tools.make(&source.tree, &objects, flavor.arch());
     c.arg(format!("-j{jobs}")).arg(target);
+    if !flavor.modules().is_empty() {
+        c.arg("modules");
+    }
     ui::run_logged(&mut nice(c), &log, &format!("building {name}"))?;
     fs::write(objects.join(COMPLETE), "")?;
 
@@ -138,6 +141,7 @@ fn fragments(paths: &Paths, flavor: Flavor) -> Result<Vec<String>> {
             names.push("series-checks");
         }
     }
+    names.extend(flavor.last_fragment());
     names
         .into_iter()
         .map(|n| {
@@ -284,6 +288,11 @@ fn keep(
     ] {
         let from = objects.join(from);
         fs::copy(&from, part.join(to)).with_context(|| from.display().to_string())?;
+    }
+    for module in flavor.modules() {
+        let from = objects.join(module);
+        let name = from.file_name().context("a module without a name")?;
+        fs::copy(&from, part.join(name)).with_context(|| from.display().to_string())?;
     }
     fs::write(part.join("info.json"), serde_json::to_vec_pretty(info)?)?;
     let _ = fs::remove_dir_all(&dir);

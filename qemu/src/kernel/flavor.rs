@@ -18,6 +18,8 @@ pub enum Flavor {
     Mutants,
     /// The same of `Debug`.
     DebugMutants,
+    /// `Patched` with fuse as a module (UML cannot load modules with Rust in them).
+    Module,
 }
 
 impl Flavor {
@@ -30,6 +32,7 @@ impl Flavor {
             Flavor::Debug => "debug",
             Flavor::Mutants => "mutants",
             Flavor::DebugMutants => "debug-mutants",
+            Flavor::Module => "module",
         }
     }
 
@@ -45,7 +48,7 @@ impl Flavor {
     pub fn fragments(self) -> &'static [&'static str] {
         match self {
             Flavor::Uml | Flavor::UmlStock => &["common", "um", "checks"],
-            Flavor::Patched | Flavor::Stock => &["common", "x86"],
+            Flavor::Patched | Flavor::Stock | Flavor::Module => &["common", "x86"],
             Flavor::Debug => &["common", "x86", "checks", "debug"],
             Flavor::Mutants => &["common", "um", "checks", "mutants"],
             Flavor::DebugMutants => &["common", "x86", "checks", "debug", "mutants"],
@@ -56,6 +59,19 @@ impl Flavor {
     /// measured, nor in those that say whether the series as it is works.
     pub fn mutants(self) -> bool {
         matches!(self, Flavor::Mutants | Flavor::DebugMutants)
+    }
+
+    /// Names of `qemu/config/*.config` that win over all others.
+    pub fn last_fragment(self) -> Option<&'static str> {
+        (self == Flavor::Module).then_some("module")
+    }
+
+    /// Modules that are made and kept beside the kernel.
+    pub fn modules(self) -> &'static [&'static str] {
+        match self {
+            Flavor::Module => &["fs/fuse/fuse.ko"],
+            _ => &[],
+        }
     }
 
     pub fn series(self) -> bool {
@@ -77,7 +93,7 @@ impl Flavor {
             Flavor::UmlStock => Some(Flavor::Uml),
             Flavor::Patched => Some(Flavor::Stock),
             Flavor::Stock => Some(Flavor::Patched),
-            Flavor::Debug | Flavor::Mutants | Flavor::DebugMutants => None,
+            Flavor::Debug | Flavor::Mutants | Flavor::DebugMutants | Flavor::Module => None,
         }
     }
 
@@ -86,6 +102,7 @@ impl Flavor {
         match self {
             Flavor::Mutants => Some(Flavor::Uml),
             Flavor::DebugMutants => Some(Flavor::Debug),
+            Flavor::Module => Some(Flavor::Patched),
             other => other.sibling(),
         }
     }
@@ -102,7 +119,7 @@ impl Flavor {
     pub fn minutes(self) -> u32 {
         match self {
             Flavor::Uml | Flavor::UmlStock | Flavor::Mutants => 7,
-            Flavor::Patched | Flavor::Stock => 9,
+            Flavor::Patched | Flavor::Stock | Flavor::Module => 9,
             Flavor::Debug | Flavor::DebugMutants => 14,
         }
     }

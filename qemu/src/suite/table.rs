@@ -56,6 +56,8 @@ enum Guest {
     Debug,
     /// The series with traps held open, in QEMU with every check
     DebugMutants,
+    /// The series as a module, in QEMU
+    Module,
     /// The same kernel without the series
     Stock,
 }
@@ -68,6 +70,7 @@ impl Guest {
             Guest::Qemu => "qemu",
             Guest::Debug => "debug",
             Guest::DebugMutants => "debug-mutants",
+            Guest::Module => "module",
             Guest::Stock => "stock",
         }
     }
@@ -80,6 +83,7 @@ impl Guest {
             Guest::Qemu => (BackendName::Qemu, KernelName::Patched, "30"),
             Guest::Debug => (BackendName::Qemu, KernelName::Debug, "60"),
             Guest::DebugMutants => (BackendName::Qemu, KernelName::Mutants, "60"),
+            Guest::Module => (BackendName::Qemu, KernelName::Module, "30"),
             Guest::Stock => (BackendName::Qemu, KernelName::Stock, "30"),
         }
     }

@@ -9,7 +9,7 @@ pub mod runner;
 pub mod uml;
 pub mod vng;
 
-use crate::guest::{Channel, Job, JOB_KEY, PORT};
+use crate::guest::{Channel, Job, JOB_KEY, MODULE_ENV, PORT};
 use crate::kernel::flavor::Flavor;
 use crate::paths::Paths;
 use anyhow::{bail, Context, Result};
@@ -50,6 +50,8 @@ pub enum KernelName {
     /// With the series and points where tests stop tasks; its hunks can be
     /// taken out one by one. UML, or the debug kernel for qemu.
     Mutants,
+    /// With the series, and fuse as a module that was loaded; QEMU only.
+    Module,
 }
 
 #[derive(Clone, Debug)]
@@ -132,7 +134,7 @@ pub fn resolve(
 ) -> Result<(BackendName, Flavor)> {
     use {BackendName::*, KernelName::*};
     let backend = match backend {
-        Auto if icount || kernel == Debug => Qemu,
+        Auto if icount || matches!(kernel, Debug | Module) => Qemu,
         Auto => Uml,
         b => b,
     };
@@ -147,6 +149,8 @@ pub fn resolve(
         (Uml, Patched) => Flavor::Uml,
         (Uml, Stock) => Flavor::UmlStock,
         (Uml, Mutants) => Flavor::Mutants,
+        (Uml, Module) => bail!("UML cannot load modules with Rust in them: use --backend qemu"),
+        (_, Module) => Flavor::Module,
         (_, Patched) => Flavor::Patched,
         (_, Stock) => Flavor::Stock,
         (_, Debug) => Flavor::Debug,
@@ -228,7 +232,13 @@ pub fn run(paths: &Paths, opts: &Options) -> Result<u8> {
         BackendName::Vng => Box::new(vng::Vng::set_up(paths)?),
         _ => Box::new(qemu::Qemu::choose(paths, &kernel)?),
     };
-    runner::run(paths, opts, boxed.as_ref(), &kernel)
+    let mut opts = opts.clone();
+    for module in flavor.modules() {
+        let name = Path::new(module).file_name().context("a module's name")?;
+        let path = kernel.dir.join(name);
+        opts.env.push(format!("{MODULE_ENV}={}", path.display()));
+    }
+    runner::run(paths, &opts, boxed.as_ref(), &kernel)
 }
 
 /// The job for the guest's init.
