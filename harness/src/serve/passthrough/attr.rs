@@ -98,16 +98,19 @@ impl Server {
         let fd = self.node_fd(nodeid)?;
         let set = || sys::set_xattr(fd.as_fd(), &name, value, flags);
         // To set or replace an attribute twice is to do it once; to create it is not.
-        if flags & libc::XATTR_CREATE == 0 || sys::get_xattr(fd.as_fd(), &name, &mut []).is_ok() {
+        if flags & libc::XATTR_CREATE == 0
+            || !self.opts.journal
+            || sys::get_xattr(fd.as_fd(), &name, &mut []).is_ok()
+        {
             set()?;
             return Ok(None);
         }
-        let intent = Intent::SetXattr {
+        let intent = || Intent::SetXattr {
             node: nodeid,
             name: name.clone(),
         };
-        let ((), slot) = self.once(unique, &intent, set)?;
-        Ok(Some(slot))
+        let ((), slot) = self.once(unique, intent, set)?;
+        Ok(slot)
     }
 
     pub fn remove_xattr(&self, unique: u64, nodeid: u64, name: &OsStr) -> Res<Option<Slot<'_>>> {
@@ -116,13 +119,15 @@ impl Server {
             return Ok(Some(slot));
         }
         let fd = self.node_fd(nodeid)?;
-        sys::get_xattr(fd.as_fd(), &name, &mut [])?; // absent: as removexattr(2) says it
-        let intent = Intent::RemoveXattr {
+        if self.opts.journal {
+            sys::get_xattr(fd.as_fd(), &name, &mut [])?; // absent: as removexattr(2) says it
+        }
+        let intent = || Intent::RemoveXattr {
             node: nodeid,
             name: name.clone(),
         };
-        let ((), slot) = self.once(unique, &intent, || sys::remove_xattr(fd.as_fd(), &name))?;
-        Ok(Some(slot))
+        let ((), slot) = self.once(unique, intent, || sys::remove_xattr(fd.as_fd(), &name))?;
+        Ok(slot)
     }
 }
 

@@ -29,6 +29,10 @@ pub const ME: Caller = Caller { uid: 0, gid: 0 };
 
 /// A server without a kernel; dropped and made again it is the next instance.
 fn instance(dir: &Path, memfd: &OwnedFd) -> Server {
+    instance_with(dir, memfd, true)
+}
+
+fn instance_with(dir: &Path, memfd: &OwnedFd, journal: bool) -> Server {
     let backing = Backing::open(dir).unwrap();
     let fd = duplicate(memfd.as_fd()).unwrap();
     let config = Config::default();
@@ -39,6 +43,7 @@ fn instance(dir: &Path, memfd: &OwnedFd) -> Server {
         writeback: false,
         timeout: Duration::from_secs(1),
         discard: false,
+        journal,
     };
     let server = Server::new(backing, yard, state, Device::new(null, false), opts, 1024);
     server
@@ -427,4 +432,39 @@ fn an_entry_of_another_version_is_not_guessed_at() {
     let thing = Thing::Dir { mode: 0o755 };
     let made = server.make(RESENT, ME, (ROOT, s("new")), 0, &thing);
     assert_eq!(made.map(drop), Err(nix::errno::Errno::EIO));
+}
+
+#[test]
+fn without_the_journal_a_resent_change_is_executed_again() {
+    if !possible() {
+        return;
+    }
+    let mkdir = CASES.iter().find(|case| case.name == "mkdir").unwrap();
+    for journal in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let memfd = State::create_memfd().unwrap();
+        let server = instance_with(dir.path(), &memfd, journal);
+        die_at(point_after(mkdir, "mkdirat", journal), || {
+            (mkdir.act)(&server, ID)
+        })
+        .unwrap();
+        drop(server);
+        let server = instance_with(dir.path(), &memfd, journal);
+        server.resolve_journal().unwrap();
+        let want = if journal {
+            Ok(())
+        } else {
+            Err(nix::errno::Errno::EEXIST)
+        };
+        assert_eq!((mkdir.act)(&server, RESENT), want, "journal: {journal}");
+    }
+}
+
+/// Index of the first point of this name.
+fn point_after(case: &Case, name: &str, journal: bool) -> usize {
+    let dir = tempfile::tempdir().unwrap();
+    let server = instance_with(dir.path(), &State::create_memfd().unwrap(), journal);
+    let (points, result) = points_of(|| (case.act)(&server, ID));
+    result.unwrap();
+    points.iter().position(|point| *point == name).unwrap()
 }

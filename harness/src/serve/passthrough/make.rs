@@ -60,13 +60,13 @@ impl Server {
             return Ok((self.lookup_c(parent, &name)?, Some(slot)));
         }
         let dir = self.absent(parent, &name)?;
-        let intent = Intent::Make {
+        let intent = || Intent::Make {
             place: Place::new(parent, &name),
         };
-        let ((), slot) = self.once(unique, &intent, || {
+        let ((), slot) = self.once(unique, intent, || {
             caller.create(umask, || thing.make(dir.as_fd(), &name))
         })?;
-        Ok((self.lookup_c(parent, &name)?, Some(slot)))
+        Ok((self.lookup_c(parent, &name)?, slot))
     }
 
     pub fn link(&self, unique: u64, nodeid: u64, (parent, name): (u64, &OsStr)) -> Kept<'_, Entry> {
@@ -80,14 +80,14 @@ impl Server {
         }
         let dir = self.absent(parent, &name)?;
         let file = self.node_fd(nodeid)?;
-        let intent = Intent::Link {
+        let intent = || Intent::Link {
             place: Place::new(parent, &name),
             source,
         };
-        let ((), slot) = self.once(unique, &intent, || {
+        let ((), slot) = self.once(unique, intent, || {
             sys::link_fd(file.as_fd(), dir.as_fd(), &name)
         })?;
-        Ok((self.lookup_c(parent, &name)?, Some(slot)))
+        Ok((self.lookup_c(parent, &name)?, slot))
     }
 
     pub fn create(
@@ -107,30 +107,33 @@ impl Server {
                 Some(slot),
             ));
         }
-        let dir = match self.absent(parent, &name) {
-            Ok(dir) => dir,
-            Err(Errno::EEXIST) if flags & libc::O_EXCL == 0 => {
-                return Ok((self.open_existing(unique, parent, &name, flags)?, None));
-            }
-            Err(e) => return Err(e),
-        };
-        let intent = Intent::Make {
+        let intent = || Intent::Make {
             place: Place::new(parent, &name),
         };
         let backing_flags = self.backing_flags(flags);
         let exclusive = backing_flags | libc::O_CREAT | libc::O_EXCL;
-        let (fd, slot) = self.once(unique, &intent, || {
-            caller.create(umask, || {
-                sys::open_at(dir.as_fd(), &name, exclusive, mode & 0o7777)
+        let made = self.absent(parent, &name).and_then(|dir| {
+            self.once(unique, intent, || {
+                caller.create(umask, || {
+                    sys::open_at(dir.as_fd(), &name, exclusive, mode & 0o7777)
+                })
             })
-        })?;
-        let created = self.opened(unique, fd, backing_flags)?;
-        Ok((created, Some(slot)))
+        });
+        let (fd, slot) = match made {
+            Err(Errno::EEXIST) => {
+                return Ok((self.open_existing(unique, parent, &name, flags)?, None))
+            }
+            made => made?,
+        };
+        Ok((self.opened(unique, fd, backing_flags)?, slot))
     }
 
     /// The directory, once it is sure that the name is free in it.
     fn absent(&self, parent: u64, name: &CString) -> Res<std::sync::Arc<OwnedFd>> {
         let dir = self.node_fd(parent)?;
+        if !self.opts.journal {
+            return Ok(dir); // the change itself will say so
+        }
         match sys::lstat_at(dir.as_fd(), name) {
             Err(Errno::ENOENT) => Ok(dir),
             Ok(_) => Err(Errno::EEXIST),

@@ -84,6 +84,9 @@ pub struct Args {
     /// they had asked of the dead server: nothing is guessed. A state that can be used is used.
     #[arg(long)]
     discard_state: bool,
+    /// Enter no change in the journal: for measurements, and to see what it is good for
+    #[arg(long, hide = true)]
+    no_journal: bool,
     /// The directory to serve
     backing: PathBuf,
 }
@@ -124,7 +127,14 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         writeback: args.writeback,
         timeout: Duration::from_secs_f64(args.timeout),
         discard: args.discard_state,
+        journal: !args.no_journal,
     };
+    if args.no_journal {
+        tracing::warn!(
+            "--no-journal: nothing is promised of changes that are under way when this server dies, \
+             they may take effect twice or fail; for measurements only"
+        );
+    }
     let server = Arc::new(Server::new(
         backing,
         yard,

@@ -8,7 +8,6 @@ use std::ffi::{CStr, OsStr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use rust_fuse_notify::std::state::Slot;
 
 use super::creds::Caller;
 use super::graveyard::is_empty;
@@ -73,15 +72,14 @@ impl Server {
             (false, true) => return Err(Errno::EISDIR),
             _ => {}
         }
-        let intent = Intent::Remove {
+        let intent = || Intent::Remove {
             place: Place::new(parent, &name),
             victim: victim.handle.clone(),
             nodeid: victim.nodeid,
         };
-        let ((), slot) = self.once(unique, &intent, || {
+        self.once(unique, intent, || {
             self.take_name(&victim, parent_fd.as_fd(), &name)
-        })?;
-        Ok(((), Some(slot)))
+        })
     }
 
     fn take_name(&self, victim: &Victim, parent: BorrowedFd<'_>, name: &CStr) -> Res<()> {
@@ -158,7 +156,7 @@ impl Server {
             Err(Errno::ENOENT) => None,
             Err(e) => return Err(e),
         };
-        let intent = Intent::Rename {
+        let intent = || Intent::Rename {
             from: Place::new(parent, &name),
             to: Place::new(newparent, &newname),
             flags,
@@ -167,7 +165,7 @@ impl Server {
             nodeid: target.as_ref().map_or(0, |t| t.nodeid),
             caller,
         };
-        let ((), slot): ((), Slot<'_>) = self.once(unique, &intent, || {
+        self.once(unique, intent, || {
             let plain = || {
                 let rename = || sys::rename_at(from.as_fd(), &name, to.as_fd(), &newname, flags);
                 match flags & libc::RENAME_WHITEOUT {
@@ -192,8 +190,7 @@ impl Server {
                 }
                 _ => plain(),
             }
-        })?;
-        Ok(((), Some(slot)))
+        })
     }
 
     /// The name must never be missing in between: the victim gets a second name first.

@@ -16,6 +16,7 @@ use super::fdcache::FdCache;
 use super::graveyard::Graveyard;
 use super::handle::Handle;
 use super::intent::Intent;
+use super::make::Kept;
 use super::sys::Res;
 use super::wire::Device;
 
@@ -25,6 +26,8 @@ pub struct Options {
     pub timeout: Duration,
     /// What cannot be resolved gets EIO, instead of keeping the server from starting.
     pub discard: bool,
+    /// Changes are entered in the journal. Off for measurements only.
+    pub journal: bool,
 }
 
 pub struct Server {
@@ -61,15 +64,18 @@ impl Server {
         }
     }
 
-    /// Enters `intent`, runs `change`, enters that it is done. The caller answers the request and
+    /// Enters the intent, runs `change`, enters that it is done. The caller answers the request and
     /// then gives the slot back with `done()`.
     pub fn once<T>(
         &self,
         unique: u64,
-        intent: &Intent,
+        intent: impl FnOnce() -> Intent,
         change: impl FnOnce() -> Res<T>,
-    ) -> Res<(T, Slot<'_>)> {
-        let record = intent.record();
+    ) -> Kept<'_, T> {
+        if !self.opts.journal {
+            return Ok((change()?, None));
+        }
+        let record = intent().record();
         let mut slot = self
             .state
             .journal()
@@ -85,7 +91,7 @@ impl Server {
                     tracing::error!("cannot enter the outcome of request {unique:#x}: {e}");
                 }
                 crash_points::reach("outcome");
-                Ok((value, slot))
+                Ok((value, Some(slot)))
             }
             Err(e) => {
                 slot.cancel();
