@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Measurements on the running kernel, with a raw server of one thread.
+//! Measurements on the running kernel: with a raw server of one thread, and of the passthrough server.
 
+mod journal;
 mod memory;
 mod ops;
 mod replay;
@@ -26,6 +27,7 @@ pub enum Bench {
     Replay(replay::Args),
     /// The normal path: time per stat, open and close, 4 KiB read and write
     Ops(ops::Args),
+    Journal(journal::Args),
 }
 
 pub fn run(which: &Bench) -> Result<ExitCode> {
@@ -54,6 +56,7 @@ pub fn run(which: &Bench) -> Result<ExitCode> {
     let result = match which {
         Bench::Replay(args) => replay::run(args, &env),
         Bench::Ops(args) => ops::run(args, &env),
+        Bench::Journal(args) => journal::run(args, &env),
     };
     let _ = fs::remove_dir(&scratch);
     let problems = env.problems.into_inner();

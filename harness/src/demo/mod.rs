@@ -13,7 +13,7 @@ mod kept;
 mod killer;
 mod prober;
 mod report;
-mod rng;
+pub mod rng;
 mod run;
 mod source;
 mod watchdog;

@@ -18,6 +18,7 @@ const CONFIG: Config = Config {
     nodes: 64,
     handles: 16,
     journal: 8,
+    arena_pages: 0,
 };
 
 /// Uses every table and every kind of entry.

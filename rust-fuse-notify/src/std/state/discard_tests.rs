@@ -169,11 +169,13 @@ fn a_file_of_another_size_is_laid_out_anew() {
             nodes: 4096,
             handles: 4,
             journal: 2,
+            arena_pages: 0,
         },
         Config {
             nodes: 16,
             handles: 2,
             journal: 2,
+            arena_pages: 0,
         },
     ] {
         let fd = State::create_memfd().unwrap();
@@ -186,6 +188,7 @@ fn a_file_of_another_size_is_laid_out_anew() {
             nodes: 1 << 20,
             handles: 1 << 10,
             journal: 64,
+            arena_pages: 0,
         };
         let state = State::discard(fd.try_clone().unwrap(), IDENTITY, &big).unwrap();
         state.nodes().set_root(&node(0));

@@ -5,7 +5,7 @@
 //! 0        header: magic, version, checksum, identity, capacities (fixed); counters (change)
 //! 0x1000   the INIT reply
 //! 0x2000   the INIT request, read straight into here
-//! 0x12000  journal | handle table | node table, each from a page boundary
+//! 0x12000  journal | handle table | node table | the server's arena, each from a page boundary
 //! ```
 //!
 //! # Compatibility
@@ -41,8 +41,9 @@ pub(super) const DISCARDING: u64 = u64::from_ne_bytes(*b"FUSEdsc\x01");
 pub(super) const VERSION: u32 = 1;
 /// Layouts that are read.
 const READABLE: std::ops::RangeInclusive<u32> = 1..=1;
-/// The revision of the layout, see the first rule. 1: [`DISCARDED_BELOW_AT`].
-const REVISION: u32 = 1;
+/// The revision of the layout, see the first rule. 1: [`DISCARDED_BELOW_AT`]. 2: the arena; a state that has one is for
+/// servers that need it, and is refused by revision 1 for its size.
+const REVISION: u32 = 2;
 
 /// Offset of the magic: stored last, so a state that has it is complete.
 pub(super) const MAGIC_AT: usize = 0;
@@ -76,6 +77,10 @@ pub(super) const REQUEST_AT: usize = 0x2000;
 pub(super) const REQUEST_MAX: usize = 0x10000;
 pub(super) const TABLES_AT: usize = 0x12000;
 
+const PAGE: usize = 4096;
+/// 1 TiB.
+const MAX_ARENA_PAGES: u32 = 1 << 28;
+
 /// The part of the header that never changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
@@ -88,7 +93,8 @@ struct Fixed {
     nodes: u32,
     handles: u32,
     journal: u32,
-    spare2: u32,
+    /// In the spare bytes of revision 1.
+    arena_pages: u32,
     len: u64,
 }
 
@@ -99,6 +105,7 @@ pub(super) struct Layout {
     pub(super) journal: usize,
     pub(super) handles: usize,
     pub(super) nodes: usize,
+    pub(super) arena: usize,
     pub(super) len: usize,
 }
 
@@ -108,6 +115,8 @@ impl Layout {
             ("nodes", config.nodes, nodes::MAX_CAPACITY),
             ("handles", config.handles, handles::MAX_CAPACITY),
             ("journal", config.journal, journal::MAX_CAPACITY),
+            // An arena may be missing.
+            ("arena", config.arena_pages.max(2), MAX_ARENA_PAGES),
         ] {
             if !(2..=max).contains(&capacity) {
                 return Err(StateError::Capacity {
@@ -121,12 +130,14 @@ impl Layout {
         let journal = TABLES_AT;
         let handles = journal + pages(config.journal, journal::SLOT_LEN);
         let nodes = handles + pages(config.handles, handles::SLOT_LEN);
-        let len = nodes + pages(config.nodes, nodes::SLOT_LEN);
+        let arena = nodes + pages(config.nodes, nodes::SLOT_LEN);
+        let len = arena + pages(config.arena_pages, PAGE);
         Ok(Layout {
             config: *config,
             journal,
             handles,
             nodes,
+            arena,
             len,
         })
     }
@@ -140,7 +151,7 @@ impl Layout {
             nodes: self.config.nodes,
             handles: self.config.handles,
             journal: self.config.journal,
-            spare2: 0,
+            arena_pages: self.config.arena_pages,
             len: self.len as u64,
         };
         fixed.checksum = checksum(&fixed);
@@ -156,7 +167,7 @@ impl Layout {
             config.nodes = 2;
             let nodes = Layout::of(&config).ok()?.nodes;
             let slots = size
-                .checked_sub(nodes)
+                .checked_sub(nodes + config.arena_pages as usize * PAGE)
                 .map_or(0, |len| len / nodes::SLOT_LEN);
             if slots >= 16 {
                 config.nodes = u32::try_from(slots).ok()?;
@@ -279,6 +290,7 @@ pub(super) fn inspect(fd: BorrowedFd<'_>, size: u64) -> Result<Found, StateError
         nodes: fixed.nodes,
         handles: fixed.handles,
         journal: fixed.journal,
+        arena_pages: fixed.arena_pages,
     })?;
     if layout.len as u64 != fixed.len || fixed.len != size {
         return Err(StateError::Foreign("its size does not fit its header"));

@@ -13,8 +13,10 @@
 //! * [`NodeTable`]: nodeid to file, with lookup counts.
 //! * [`HandleTable`]: `fh` to file and open flags.
 //! * [`Journal`]: what must not be executed twice.
+//! * [`Arena`]: memory of the server's own.
 //! * the handshake, which [`super::adopt`] plays again to every new instance.
 
+mod arena;
 mod discard;
 mod error;
 mod handles;
@@ -49,6 +51,7 @@ use nix::errno::Errno;
 use nix::fcntl::{fcntl, FcntlArg, SealFlag};
 use nix::sys::memfd::{memfd_create, MFdFlags};
 
+pub use arena::Arena;
 pub use error::StateError;
 pub use handles::{Handle, HandleKind, HandleTable, NewHandle};
 pub use journal::{Journal, Slot};
@@ -72,6 +75,8 @@ pub struct Config {
     /// Operations in flight at one time, and outcomes that are owed from before a crash: four times as many as the
     /// server has threads. 1280 bytes each, allocated at the start.
     pub journal: u32,
+    /// Pages of 4 KiB for the server's own use, see [`Arena`].
+    pub arena_pages: u32,
 }
 
 impl Default for Config {
@@ -80,6 +85,7 @@ impl Default for Config {
             nodes: 4 << 20,
             handles: 1 << 20,
             journal: 1024,
+            arena_pages: 0,
         }
     }
 }
@@ -125,6 +131,7 @@ pub struct State {
     nodes: NodeTable,
     handles: HandleTable,
     journal: Journal,
+    arena: Arena,
     init: InitStore,
     region: Arc<Region>,
 }
@@ -151,6 +158,18 @@ impl State {
         match header::inspect(fd, size_of_file(fd)?)? {
             Found::State { answered: true, .. } => Ok(Stage::Serving),
             _ => Ok(Stage::BeforeInit),
+        }
+    }
+
+    /// The file system that the state in this memfd belongs to, if there is one; changes nothing. For servers whose file
+    /// system is nowhere else: they make up an identity when there is none.
+    ///
+    /// # Errors
+    /// As [`State::open`].
+    pub fn identity_in(fd: BorrowedFd<'_>) -> Result<Option<Identity>, StateError> {
+        match header::inspect(fd, size_of_file(fd)?)? {
+            Found::State { identity, .. } => Ok(Some(identity)),
+            _ => Ok(None),
         }
     }
 
@@ -214,6 +233,7 @@ impl State {
             nodes: NodeTable::open(region.clone(), layout.nodes, layout.config.nodes)?,
             handles: HandleTable::open(region.clone(), layout.handles, layout.config.handles)?,
             journal: Journal::open(region.clone(), layout.journal, layout.config.journal)?,
+            arena: Arena::new(region.clone(), layout.arena, layout.len - layout.arena),
             init: InitStore::new(region.clone()),
             region,
         })
@@ -242,6 +262,11 @@ impl State {
     /// The operations that must not be executed twice.
     pub fn journal(&self) -> &Journal {
         &self.journal
+    }
+
+    /// Memory of the server's own; empty unless [`Config::arena_pages`] asked for some.
+    pub fn arena(&self) -> &Arena {
+        &self.arena
     }
 
     pub(crate) fn init(&self) -> &InitStore {

@@ -257,6 +257,7 @@ fn threads() {
         nodes: 1000,
         handles: 1000,
         journal: 8,
+        arena_pages: 0,
     };
     let fd = State::create_memfd().unwrap();
     let state = State::open(fd.try_clone().unwrap(), IDENTITY, &config).unwrap();

@@ -14,6 +14,7 @@ pub(super) const SMALL: Config = Config {
     nodes: 300,
     handles: 20,
     journal: 4,
+    arena_pages: 0,
 };
 
 pub(super) fn node(which: u64) -> NewNode {

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The tree: what the arena holds, what is found out about it at the start, and who may look or change.
+//!
+//! One lock: many read, or one changes. What a change needs is prepared in free records and blocks; one commit makes it
+//! happen; then the index follows.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use nix::errno::Errno;
+use rust_fuse_notify::std::state::State;
+use rust_fuse_notify::std::wire::FUSE_ROOT_ID;
+
+use super::free::Free;
+use super::inode::{Inode, Time};
+use super::layout::inode as at;
+use super::names::{valid, Dir, Entry};
+use super::store::{Change, Res, Store};
+
+pub struct Tree {
+    pub store: Store,
+    index: RwLock<Index>,
+}
+
+/// What is not stored, for it can be found out.
+pub struct Index {
+    pub inodes: Free,
+    pub names: Free,
+    pub blocks: Free,
+    /// By nodeid.
+    pub dirs: HashMap<u64, Dir>,
+    /// Shown in the replay that is under way.
+    pub confirmed: HashSet<u64>,
+}
+
+impl Tree {
+    pub fn open(state: Arc<State>) -> anyhow::Result<Tree> {
+        let store = Store::open(state)?;
+        let index = take_stock(&store)?;
+        let tree = Tree {
+            store,
+            index: RwLock::new(index),
+        };
+        tree.make_root()
+            .map_err(|e| anyhow::anyhow!("cannot make the root: {}", e.desc()))?;
+        Ok(tree)
+    }
+
+    pub fn reading(&self) -> RwLockReadGuard<'_, Index> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn changing(&self) -> RwLockWriteGuard<'_, Index> {
+        // Whoever panicked with it leaves records that nothing points to.
+        self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn make_root(&self) -> Res<()> {
+        let index = &mut *self.changing();
+        if index.dirs.contains_key(&FUSE_ROOT_ID) {
+            return Ok(());
+        }
+        let place = self.store.layout.inode(FUSE_ROOT_ID as u32);
+        self.store.reserve(place, at::LEN)?;
+        let now = Time::now();
+        let root = Inode {
+            nodeid: FUSE_ROOT_ID,
+            mode: libc::S_IFDIR | 0o755,
+            nlink: 2,
+            uid: nix::unistd::geteuid().as_raw(),
+            gid: nix::unistd::getegid().as_raw(),
+            size: 0,
+            rdev: 0,
+            times: [now; 3],
+        };
+        self.store.fill(place, &root);
+        self.store.publish(place + at::NODEID, FUSE_ROOT_ID);
+        index.dirs.insert(FUSE_ROOT_ID, Dir::new(FUSE_ROOT_ID));
+        Ok(())
+    }
+
+    /// Finds a name and counts the lookup.
+    pub fn lookup(&self, parent: u64, name: &OsStr) -> Res<Inode> {
+        let index = self.changing();
+        let entry = self.find(&index, parent, valid(name)?)?;
+        self.count(entry.child)
+    }
+
+    pub fn find(&self, index: &Index, parent: u64, name: &[u8]) -> Res<Entry> {
+        let record = self.dir(index, parent)?.find(name).ok_or(Errno::ENOENT)?;
+        Ok(self.store.entry(record))
+    }
+
+    pub fn dir<'a>(&self, index: &'a Index, nodeid: u64) -> Res<&'a Dir> {
+        match index.dirs.get(&nodeid) {
+            Some(dir) => Ok(dir),
+            None => self.store.place(nodeid).and(Err(Errno::ENOTDIR)),
+        }
+    }
+
+    /// One lookup more; the caller holds the lock for changes.
+    pub fn count(&self, nodeid: u64) -> Res<Inode> {
+        let place = self.store.place(nodeid)?;
+        let lookups = self.store.load(place + at::LOOKUPS);
+        self.store.store(place + at::LOOKUPS, lookups + 1);
+        self.store.inode(nodeid)
+    }
+
+    /// The kernel gives lookups back. A file without a name goes with the last one.
+    pub fn forget(&self, nodeid: u64, lookups: u64) {
+        let mut index = self.changing();
+        let Ok(place) = self.store.place(nodeid) else {
+            return;
+        };
+        let left = self.store.load(place + at::LOOKUPS).saturating_sub(lookups);
+        self.store.store(place + at::LOOKUPS, left);
+        self.drop_if_unused(&mut index, nodeid);
+    }
+
+    /// Frees an inode that has neither a name nor a lookup.
+    pub fn drop_if_unused(&self, index: &mut Index, nodeid: u64) {
+        let (Ok(place), Ok(inode)) = (self.store.place(nodeid), self.store.inode(nodeid)) else {
+            return;
+        };
+        let unused = inode.nlink == 0 && self.store.load(place + at::LOOKUPS) == 0;
+        if !unused || nodeid == FUSE_ROOT_ID {
+            return;
+        }
+        // One store: from now on nothing points to its blocks.
+        self.store.publish(place + at::NODEID, 0);
+        let blocks = &mut index.blocks;
+        self.store
+            .each_block(place, &mut |block| blocks.give(block));
+        self.store
+            .each_xattr(place, &mut |block, _| blocks.give(block));
+        index.inodes.give(nodeid as u32);
+        index.dirs.remove(&nodeid);
+    }
+
+    /// A free inode record, and the nodeid that its file will have.
+    pub fn new_inode(&self, index: &mut Index) -> Res<(usize, u64)> {
+        let slot = index.inodes.take().ok_or(Errno::ENOSPC)?;
+        let place = self.store.layout.inode(slot);
+        if let Err(e) = self.store.reserve(place, at::LEN) {
+            index.inodes.give(slot);
+            return Err(e);
+        }
+        // The number of the change that makes it valid: no other file has it (short of 2^32 changes).
+        let stamp = (self.store.changes() + 1) & 0xffff_ffff;
+        Ok((place, u64::from(slot) | stamp << 32))
+    }
+
+    /// A free record of a name in `parent`, filled; the change has yet to say what has the name.
+    pub fn new_entry(&self, index: &mut Index, parent: u64, name: &[u8]) -> Res<Entry> {
+        let record = index.names.take().ok_or(Errno::ENOSPC)?;
+        let place = self.store.layout.name(record);
+        if let Err(e) = self.store.reserve(place, super::layout::name::LEN) {
+            index.names.give(record);
+            return Err(e);
+        }
+        let entry = Entry {
+            record,
+            child: 0,
+            parent,
+            // Positions 0 to 2 are the start, and behind the two that every directory has.
+            position: self.store.changes() + 3,
+            name: name.to_vec(),
+        };
+        self.store.fill_entry(&entry);
+        Ok(entry)
+    }
+
+    /// The kernel has asked for everything that it knows: what it does not know has no lookups.
+    pub fn settle(&self) -> u64 {
+        let mut index = self.changing();
+        let mut gone = 0;
+        for slot in 0..self.store.layout.inodes {
+            let place = self.store.layout.inode(slot);
+            let nodeid = self.store.load(place + at::NODEID);
+            if nodeid == 0 || nodeid == FUSE_ROOT_ID || index.confirmed.contains(&nodeid) {
+                continue;
+            }
+            if self.store.load(place + at::LOOKUPS) != 0 {
+                self.store.store(place + at::LOOKUPS, 0);
+            }
+            self.drop_if_unused(&mut index, nodeid);
+            gone += u64::from(self.store.place(nodeid).is_err());
+        }
+        index.confirmed.clear();
+        gone
+    }
+}
+
+/// Reads everything, and finds what is free.
+fn take_stock(store: &Store) -> anyhow::Result<Index> {
+    let layout = store.layout;
+    let mut index = Index {
+        inodes: Free::new(layout.inodes, 2),
+        names: Free::new(layout.names, 0),
+        blocks: Free::new(layout.blocks, 1),
+        dirs: HashMap::new(),
+        confirmed: HashSet::new(),
+    };
+    let mut used = Vec::new();
+    for slot in 1..layout.inodes {
+        let place = layout.inode(slot);
+        let nodeid = store.load(place + at::NODEID);
+        if nodeid == 0 {
+            continue;
+        }
+        anyhow::ensure!(
+            nodeid as u32 == slot,
+            "inode {slot} has the nodeid {nodeid:#x}: damaged"
+        );
+        index.inodes.mark(slot);
+        let mut twice = None;
+        let blocks = &mut index.blocks;
+        let mut mark = |block| {
+            if !blocks.mark(block) {
+                twice = Some(block);
+            }
+        };
+        store.each_block(place, &mut mark);
+        store.each_xattr(place, &mut |block, _| mark(block));
+        if let Some(block) = twice {
+            anyhow::bail!("block {block} of inode {slot} is another one's as well: damaged");
+        }
+        used.push((place, nodeid));
+        if store.inode(nodeid).is_ok_and(|inode| inode.is_dir()) {
+            let parent = if nodeid == FUSE_ROOT_ID { nodeid } else { 0 };
+            index.dirs.insert(nodeid, Dir::new(parent));
+        }
+    }
+    for record in 0..layout.names {
+        if store.load(store.child_at(record)) == 0 {
+            continue;
+        }
+        let entry = store.entry(record);
+        index.names.mark(record);
+        let Some(dir) = index.dirs.get_mut(&entry.parent) else {
+            anyhow::bail!("name {record} is in no directory: damaged");
+        };
+        anyhow::ensure!(
+            store.place(entry.child).is_ok() && dir.find(&entry.name).is_none(),
+            "name {record} is of no file, or there twice: damaged"
+        );
+        dir.add(&entry);
+        if let Some(child) = index.dirs.get_mut(&entry.child) {
+            child.parent = entry.parent;
+        }
+    }
+    for (place, _) in used {
+        store.trim(&mut index.blocks, place);
+    }
+    Ok(index)
+}
+
+/// A change, and whose times are new with it.
+impl Tree {
+    /// A directory has changed now.
+    pub fn touch_dir(&self, change: &mut Change, nodeid: u64) -> Res<()> {
+        self.store.touch(change, self.store.place(nodeid)?);
+        Ok(())
+    }
+}
