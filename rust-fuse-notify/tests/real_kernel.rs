@@ -158,17 +158,10 @@ fn die_if(variable: &str, nth: u32) {
 }
 
 impl Recover for Recovery {
-    fn identity(&self) -> Identity {
-        IDENTITY
-    }
-    fn resolve(&mut self, _: &State) -> Result<(), ServerError> {
-        Ok(())
-    }
     fn replay(&mut self, state: &State, replay: &Replay) -> Result<Attr, i32> {
         self.0 += 1;
         die_if("DIE_AT_REPLAY", self.0);
-        let node = state.nodes().get(replay.nodeid).ok_or(libc::ESTALE)?;
-        state.nodes().confirm(replay.nodeid, replay.nlookup);
+        let node = state.nodes().replayed(replay)?;
         let ino = if replay.nodeid == 1 { 1 } else { replay.nodeid };
         Ok(Attr {
             ino,
@@ -197,6 +190,7 @@ fn instance() {
         nodes: 1000,
         handles: 100,
         journal: 16,
+        arena_pages: 0,
     };
     let state = Arc::new(State::open(inherited.state, IDENTITY, &config).expect("state"));
     state.nodes().set_root(&node(1));

@@ -5,12 +5,16 @@
 //! owns what is made, what is refused. [`crash`]: the server is killed, nobody notices.
 //! [`survives`]: what else lives on. `points`: it is killed at chosen moments (cargo feature
 //! `crash-points`). [`refusals`]: what it says when it cannot serve. [`discarded`]: it goes on
-//! without a state.
+//! without a state. [`mem`]: `fuse-restart serve mem`, the same way. [`older`]: a kernel without the series.
+//! [`examples`]: those of the crate.
 
 mod calls;
 mod crash;
 mod discarded;
+mod examples;
 mod identity;
+mod mem;
+mod older;
 mod ops;
 mod ops_attributes;
 mod ops_data;

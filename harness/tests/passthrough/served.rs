@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A passthrough mount under test, taken down again whatever the test did.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -163,7 +164,26 @@ impl Served {
         Served::with(scratch, &wrapper, options)
     }
 
+    /// A server that is no passthrough server; `None`: it cannot run here, and that was said.
+    pub fn other(server: &[&OsStr]) -> Option<Served> {
+        if let Some(why) = missing(Kind::Tmpfs) {
+            eprintln!("SKIPPED: {why}");
+            return None;
+        }
+        let unused = Scratch {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        Some(Served::keep(unused, server.iter().copied()))
+    }
+
     fn with(scratch: Scratch, wrapper: &[&str], options: &[&str]) -> Served {
+        let backing = scratch.path();
+        let words = wrapper.iter().chain(&[BINARY, "serve", "passthrough"]);
+        let words = words.chain(options).map(OsStr::new);
+        Served::keep(scratch, words.chain([backing.as_os_str()]))
+    }
+
+    fn keep<'a>(scratch: Scratch, server: impl Iterator<Item = &'a OsStr>) -> Served {
         let dir = tempfile::tempdir().unwrap();
         let mnt = dir.path().join("mnt");
         fs::create_dir(&mnt).unwrap();
@@ -176,10 +196,7 @@ impl Served {
             .arg("--json")
             .arg(dir.path().join("events"))
             .arg("--")
-            .args(wrapper)
-            .args([BINARY, "serve", "passthrough"])
-            .args(options)
-            .arg(scratch.path())
+            .args(server)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr)

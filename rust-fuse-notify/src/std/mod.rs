@@ -6,10 +6,13 @@
 //! all requests meanwhile and shows what it caches. This module is everything of that but the file system itself:
 //!
 //! * [`listen`]: the two descriptors, as the keeper (or systemd) passes them.
-//! * [`state`]: tables in the memfd that survive: nodes, open files, a journal of changes.
+//! * [`state`]: tables in the memfd that survive: nodes, open files, a journal of changes, memory of the server's own.
 //! * [`adopt`]: taking the connection over, the first time and every later one. [`adopt::Recover`] is the part that
 //!   only the author of the server can know.
 //! * [`notify`], [`message`], [`wire`]: the protocol below that, for keepers and for servers with a loop of their own.
+//!
+//! Is my server restartable, and what does it take? `Documentation/server-authors.md` has the questions;
+//! `examples/counters.rs` is a new server that changes state, `examples/hello.rs` an existing one made restartable.
 //!
 //! # What a server promises
 //!
@@ -31,9 +34,9 @@
 //! use std::sync::Arc;
 //!
 //! use fuser::{Filesystem, InitFlags, KernelConfig, Request, Session, SessionACL};
-//! use rust_fuse_notify::std::adopt::{Adopt, Recover, ServerError};
-//! use rust_fuse_notify::std::message::{Replay, Report};
-//! use rust_fuse_notify::std::state::{Config, FileHandle, Keep, NewNode, NodeFlags, State};
+//! use rust_fuse_notify::std::adopt::{Adopt, Recover};
+//! use rust_fuse_notify::std::message::Replay;
+//! use rust_fuse_notify::std::state::{Config, FileHandle, NewNode, NodeFlags, State};
 //! use rust_fuse_notify::std::wire::{Attr, Identity, FUSE_RESTARTABLE};
 //! use rust_fuse_notify::std::listen;
 //!
@@ -53,30 +56,13 @@
 //!     // mkdir and other changes: self.0.journal().begin(..), change, outcome(..), reply, done()
 //! }
 //!
-//! struct Recovery(Arc<State>);
+//! struct Recovery;
 //!
 //! impl Recover for Recovery {
-//!     fn identity(&self) -> Identity {
-//!         IDENTITY
-//!     }
-//!     fn resolve(&mut self, state: &State) -> Result<(), ServerError> {
-//!         // Here nothing changes anything, so nothing is ever half done.
-//!         assert!(state.journal().unresolved().is_empty());
-//!         Ok(())
-//!     }
+//!     // resolve: here nothing changes anything, so nothing is ever half done.
 //!     fn replay(&mut self, state: &State, replay: &Replay) -> Result<Attr, i32> {
-//!         let node = state.nodes().get(replay.nodeid).ok_or(libc::ESTALE)?;
-//!         if node.info.generation != replay.generation {
-//!             return Err(libc::ESTALE);
-//!         }
-//!         state.nodes().confirm(replay.nodeid, replay.nlookup);
-//!         Ok(Attr { ino: node.info.ino, mode: node.info.mode, nlink: 2, ..Attr::default() })
-//!     }
-//!     fn finish(&mut self, state: &State, report: Option<&Report>) -> Result<(), ServerError> {
-//!         if let Some(report) = report {
-//!             state.settle(report, |_| Keep::Drop);
-//!         }
-//!         Ok(())
+//!         let node = state.nodes().replayed(replay)?;
+//!         Ok(Attr::new(node.info.ino, node.info.mode))
 //!     }
 //! }
 //!
@@ -92,7 +78,7 @@
 //!     flags: NodeFlags::NONE,
 //!     aux: [0; 4],
 //! });
-//! let adopted = Adopt::new(inherited.device, state.clone()).run(&mut Recovery(state.clone()), |fd| {
+//! let adopted = Adopt::new(inherited.device, state.clone()).run(&mut Recovery, |fd| {
 //!     // Replays and resent requests carry other users' ids.
 //!     Session::from_fd(Empty(state), fd, SessionACL::All, fuser::Config::default())
 //! })?;

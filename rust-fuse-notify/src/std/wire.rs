@@ -146,6 +146,18 @@ pub struct Attr {
     pub flags: u32,
 }
 
+impl Attr {
+    /// What the kernel compares in a replay: inode number, and the type in `mode` (`S_IFDIR`, `S_IFREG`, ...).
+    pub fn new(ino: u64, mode: u32) -> Attr {
+        Attr {
+            ino,
+            mode,
+            nlink: 1,
+            ..Attr::default()
+        }
+    }
+}
+
 /// `struct fuse_attr_out`: the answer to GETATTR.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable,

@@ -193,7 +193,9 @@ fn show(tree: &Tree, dir: u64, path: &str, lines: &mut Vec<String>) {
         drop(index);
         let inode = tree.attr(nodeid).unwrap();
         let end = inode.size.max(40_000) - 40_000;
-        let data = [0, end].map(|at| tree.read(nodeid, at, 40_000).unwrap()).concat();
+        let data = [0, end]
+            .map(|at| tree.read(nodeid, at, 40_000).unwrap())
+            .concat();
         let content: Vec<_> = data.iter().enumerate().filter(|(_, b)| **b != 0).collect();
         let xattrs = tree.list_xattrs(nodeid).unwrap();
         let values: Vec<_> = xattrs

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rust_fuse_notify::std::adopt::{Recover, ServerError};
 use rust_fuse_notify::std::message::{Replay, Report};
 use rust_fuse_notify::std::state::{Keep, State};
-use rust_fuse_notify::std::wire::{Attr, Identity};
+use rust_fuse_notify::std::wire::Attr;
 
 use crate::crash_points::reach;
 
@@ -20,10 +20,6 @@ pub struct Recovery {
 }
 
 impl Recover for Recovery {
-    fn identity(&self) -> Identity {
-        self.tree.store.state.identity()
-    }
-
     fn resolve(&mut self, _state: &State) -> Result<(), ServerError> {
         reach("restarted");
         self.tree.resolve()?;

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use rust_fuse_notify::std::adopt::{Recover, ServerError};
 use rust_fuse_notify::std::message::{Replay, Report};
 use rust_fuse_notify::std::state::{Keep, State, Success};
-use rust_fuse_notify::std::wire::{Attr, Identity};
+use rust_fuse_notify::std::wire::Attr;
 
 use crate::crash_points::reach;
 
@@ -35,10 +35,6 @@ impl Recovery {
 }
 
 impl Recover for Recovery {
-    fn identity(&self) -> Identity {
-        Identity(self.server.backing.identity)
-    }
-
     fn resolve(&mut self, _state: &State) -> Result<(), ServerError> {
         reach("restarted");
         self.server.resolve_journal()?;
@@ -61,9 +57,6 @@ impl Recover for Recovery {
                 replay.nodeid,
                 replay.nlookup
             );
-        }
-        if replay.nodeid != ROOT && !state.nodes().confirm(replay.nodeid, replay.nlookup) {
-            return Err(libc::ESTALE);
         }
         Ok(attr)
     }

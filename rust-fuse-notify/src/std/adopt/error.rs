@@ -31,14 +31,6 @@ pub enum AdoptError {
     /// A notification was refused.
     #[error(transparent)]
     Notify(#[from] NotifyError),
-    /// The server's identity is not that of the state it opened.
-    #[error("this server serves file system {ours}, its state is that of {state}")]
-    WrongState {
-        /// What [`super::Recover::identity`] says.
-        ours: Identity,
-        /// What the state was opened with.
-        state: Identity,
-    },
     /// The kernel refused the identity.
     #[error("this mount is of another file system than {ours}: the kernel refused its identity and changed nothing; start the right server")]
     WrongIdentity {

@@ -41,40 +41,54 @@ pub use error::AdoptError;
 use super::device;
 use super::message::{Replay, Report};
 use super::notify::{Notifier, NotifyError, Support};
-use super::state::State;
+use super::state::{Keep, State};
 use super::wire::{Attr, Identity, FUSE_ATOMIC_O_TRUNC, FUSE_FLOCK_LOCKS, FUSE_POSIX_LOCKS};
 
 /// An error of the server's own.
 pub type ServerError = Box<dyn std::error::Error + Send + Sync>;
 
-/// What the author of a server says during a recovery. At the first start nothing of it is called but
-/// [`Recover::identity`].
+/// What only the author of a server knows, asked for during a recovery. At the first start nothing of it is called.
+///
+/// A server that changes nothing, or whose every change can be repeated, implements [`Recover::replay`] and no more.
 pub trait Recover {
-    /// Which file system this is; the same in every instance, and the one that the state was opened with.
-    fn identity(&self) -> Identity;
-
     /// Resolve every intent of [`super::state::Journal::unresolved`]: find it done, finish it or undo it. Called
-    /// before the first replay is answered, also on kernels without replays.
+    /// before the first replay is answered, also on kernels without replays. As it is here it is for servers that
+    /// have no intents.
     ///
     /// # Errors
     /// Whatever keeps the server from going on; the adoption ends with it.
-    fn resolve(&mut self, state: &State) -> Result<(), ServerError>;
+    fn resolve(&mut self, state: &State) -> Result<(), ServerError> {
+        match state.journal().unresolved().first() {
+            None => Ok(()),
+            Some(intent) => Err(format!(
+                "request {:#x} (opcode {}) may or may not have been executed, and this server does not implement \
+                 Recover::resolve",
+                intent.id, intent.opcode
+            )
+            .into()),
+        }
+    }
 
-    /// The kernel shows an inode. If it is the same file still: [`super::state::NodeTable::confirm`] it with
-    /// `nlookup` and return its attributes; the kernel compares type and inode number. Must not wait for a lock
-    /// that an application holds.
+    /// The kernel shows an inode. Return its attributes if it is the same file still; the kernel compares `ino` and
+    /// the type in `mode`, and takes no other from here. A node of the table gets the kernel's lookup count then;
+    /// [`super::state::NodeTable::replayed`] finds it. Must not wait for a lock that an application holds.
     ///
     /// # Errors
     /// A positive errno (`ESTALE` for what is not known): applications get `EIO` for this inode from now on. An
     /// error for the root (nodeid 1) refuses the whole recovery.
     fn replay(&mut self, state: &State, replay: &Replay) -> Result<Attr, i32>;
 
-    /// All inodes were shown: call [`State::settle`]. Called before COMMIT. `None`: this kernel replays nothing, the
-    /// tables stay as they are.
+    /// All inodes were shown: call [`State::settle`], which is all that is done here. Called before COMMIT. `None`:
+    /// this kernel replays nothing, the tables stay as they are.
     ///
     /// # Errors
     /// Whatever keeps the server from going on; the adoption ends with it.
-    fn finish(&mut self, state: &State, report: Option<&Report>) -> Result<(), ServerError>;
+    fn finish(&mut self, state: &State, report: Option<&Report>) -> Result<(), ServerError> {
+        if let Some(report) = report {
+            state.settle(report, |_| Keep::Drop);
+        }
+        Ok(())
+    }
 }
 
 /// How a connection was taken over.
@@ -130,10 +144,7 @@ impl Adopt {
         S: AsFd,
         F: FnOnce(OwnedFd) -> io::Result<S>,
     {
-        let (ours, state) = (recover.identity(), self.state.identity());
-        if ours != state {
-            return Err(AdoptError::WrongState { ours, state });
-        }
+        let ours = self.state.identity();
         let fd = self.device.as_fd();
         let (session, how) = match self.stage()? {
             Stage::Unread => {
@@ -179,6 +190,11 @@ impl Adopt {
         }
     }
 }
+
+/// Without the series, or without the flag.
+const NOT_GUARANTEED: &str = "after a crash unanswered requests are resent if the kernel can (Linux 6.9), no more: a \
+    request that a reader dies over gets EIO, those that nobody had read are not held, cached inodes are not checked, \
+    and lookup counts drift";
 
 /// How far earlier instances came with the handshake.
 enum Stage {
@@ -297,16 +313,14 @@ impl Adopt {
             Support::Granted => self.warn_of_what_breaks_the_contract(),
             Support::NotGranted if self.is_signed() => tracing::warn!(
                 "the kernel did not grant FUSE_RESTARTABLE, although the server signed: passthrough and io_uring \
-                 exclude it; after a crash requests are resent, but nothing is held or checked"
+                 exclude it; {NOT_GUARANTEED}"
             ),
-            Support::NotGranted => tracing::warn!(
-                "the server did not ask for FUSE_RESTARTABLE: after a crash requests are resent, but nothing is held \
-                 or checked"
-            ),
-            Support::OldKernel => tracing::warn!(
-                "this kernel has no FUSE_NOTIFY_RESTARTED: after a crash requests are resent if it can (Linux 6.9), \
-                 but none is held meanwhile and cached inodes are not checked"
-            ),
+            Support::NotGranted => {
+                tracing::warn!("the server did not ask for FUSE_RESTARTABLE: {NOT_GUARANTEED}")
+            }
+            Support::OldKernel => {
+                tracing::warn!("this kernel has no FUSE_NOTIFY_RESTARTED: {NOT_GUARANTEED}")
+            }
         }
         Ok(support)
     }
@@ -360,7 +374,7 @@ impl Adopt {
         let (fd, state) = (self.device.as_fd(), &*self.state);
         let stored = handshake::reply_body(&state.init().reply().ok_or(AdoptError::StateLost)?);
         let began = Instant::now();
-        let Some(cookie) = self.say_restarted(fd, recover.identity())? else {
+        let Some(cookie) = self.say_restarted(fd, state.identity())? else {
             recover.resolve(state).map_err(AdoptError::Resolve)?;
             recover.finish(state, None).map_err(AdoptError::Finish)?;
             return Ok((self.play_again(session)?, How::Resent));
@@ -387,17 +401,16 @@ impl Adopt {
         fd: BorrowedFd<'_>,
         identity: Identity,
     ) -> Result<Option<u64>, AdoptError> {
-        let not_guaranteed =
-            "nothing is held or checked: an application may see errors, or a file that is not the one it opened";
+        // What is then not guaranteed was said when the mount was made, once.
         if !self.is_signed() {
-            tracing::warn!("the mount was made without FUSE_RESTARTABLE, so {not_guaranteed}");
+            tracing::debug!("the mount was made without FUSE_RESTARTABLE");
             return Ok(None);
         }
         let cookie = Notifier::cookie();
         match Notifier::new(fd).restarted(cookie, identity) {
             Ok(()) => Ok(Some(cookie)),
             Err(NotifyError::NotGranted) => {
-                tracing::warn!("the kernel did not grant FUSE_RESTARTABLE, so {not_guaranteed}");
+                tracing::debug!("the kernel did not grant FUSE_RESTARTABLE");
                 Ok(None)
             }
             Err(NotifyError::WrongIdentity(ours)) => Err(AdoptError::WrongIdentity { ours }),

@@ -86,6 +86,10 @@ fn answer<R: Recover>(
     state: &State,
 ) -> Result<(), AdoptError> {
     let verdict = recover.replay(state, replay);
+    if verdict.is_ok() {
+        // Before the answer: what the kernel counts from then on comes on top. A server may have tables of its own.
+        state.nodes().confirm(replay.nodeid, replay.nlookup);
+    }
     let written = match &verdict {
         Ok(attr) => device::write(fd, &attr_reply(replay.unique, attr)),
         Err(errno) => device::write(fd, &error_reply(replay.unique, *errno)),

@@ -17,6 +17,7 @@ const CONFIG: Config = Config {
     nodes: 100,
     handles: 10,
     journal: 4,
+    arena_pages: 0,
 };
 
 pub(super) fn open_state(fd: &OwnedFd) -> Arc<State> {
@@ -38,7 +39,6 @@ pub(super) fn file(which: u64) -> NewNode {
 /// A server that knows what is in its node table.
 #[derive(Default)]
 pub(super) struct Server {
-    pub(super) other_identity: bool,
     pub(super) root_error: Option<i32>,
     pub(super) fail_resolve: bool,
     pub(super) fail_finish: bool,
@@ -46,14 +46,6 @@ pub(super) struct Server {
 }
 
 impl Recover for Server {
-    fn identity(&self) -> Identity {
-        if self.other_identity {
-            Identity([9, 9])
-        } else {
-            IDENTITY
-        }
-    }
-
     fn resolve(&mut self, state: &State) -> Result<(), ServerError> {
         self.calls.push("resolve".into());
         for intent in state.journal().unresolved() {
@@ -78,11 +70,7 @@ impl Recover for Server {
                 }),
             };
         }
-        let node = state.nodes().get(replay.nodeid).ok_or(libc::ESTALE)?;
-        if node.info.generation != replay.generation {
-            return Err(libc::ESTALE);
-        }
-        state.nodes().confirm(replay.nodeid, replay.nlookup);
+        let node = state.nodes().replayed(replay)?;
         Ok(Attr {
             ino: node.info.ino,
             mode: node.info.mode,

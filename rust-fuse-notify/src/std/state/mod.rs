@@ -175,7 +175,8 @@ impl State {
 
     /// Maps the memfd and checks it; an empty one is laid out for `config`, another keeps its own capacities.
     ///
-    /// `identity` names the file system, as in [`super::adopt::Recover::identity`].
+    /// `identity` names the file system, 128 bits that no other has, say a UUID, and the same in every
+    /// instance.
     ///
     /// # Errors
     /// [`StateError`] says why the memfd is not the state of this file system; its content was not changed then.
@@ -273,8 +274,8 @@ impl State {
         &self.init
     }
 
-    /// The end of a replay: outcomes that are no longer owed are dropped, and what was not confirmed by
-    /// [`NodeTable::confirm`] gets lookup count 0 and, if `keep` says so, goes together with its handles.
+    /// The end of a replay: outcomes that are no longer owed are dropped, and what was not confirmed
+    /// in the replay gets lookup count 0 and, if `keep` says so, goes together with its handles.
     ///
     /// A node that an owed outcome names is not shown to `keep`: the kernel has yet to be told of it. It goes, if
     /// the answer is never asked for, through [`State::take_orphans`] or at the next recovery.

@@ -16,6 +16,7 @@ use super::header::{NODES_USED_AT, STAMP_AT};
 use super::region::Region;
 use super::slots::Slots;
 use super::StateError;
+use crate::std::message::Replay;
 use crate::std::wire::FUSE_ROOT_ID;
 
 const TABLE: &str = "node table";
@@ -323,13 +324,23 @@ impl NodeTable {
         true
     }
 
+    /// The node that the kernel shows, if it is known with that generation; for [`crate::std::adopt::Recover::replay`].
+    ///
+    /// # Errors
+    /// `ESTALE`: it is not.
+    pub fn replayed(&self, replay: &Replay) -> Result<Node, i32> {
+        self.get(replay.nodeid)
+            .filter(|node| node.info.generation == replay.generation)
+            .ok_or(libc::ESTALE)
+    }
+
     /// Begins a recovery: no node counts as confirmed any more.
-    pub fn begin_replay(&self) {
+    pub(crate) fn begin_replay(&self) {
         self.inner().confirmed.clear();
     }
 
     /// A replay is confirmed: the count is *set*. `false`: there is no such node.
-    pub fn confirm(&self, nodeid: u64, nlookup: u64) -> bool {
+    pub(crate) fn confirm(&self, nodeid: u64, nlookup: u64) -> bool {
         let inner = &mut *self.inner();
         let Some(at) = self.known(nodeid) else {
             return false;
