@@ -31,13 +31,20 @@ fn what_is_not_guaranteed_is_said_once_and_the_rest_works() {
         }
         let mut text = String::new();
         open.read_to_string(&mut text).unwrap();
-        assert_eq!((text.as_str(), open.metadata().unwrap().nlink()), ("content", 0));
+        assert_eq!(
+            (text.as_str(), open.metadata().unwrap().nlink()),
+            ("content", 0)
+        );
         let said = served.stderr();
         let times = |what: &str| said.matches(what).count();
         let warnings = usize::from(old);
         assert_eq!(times("lookup counts drift"), warnings, "{said}");
         assert_eq!(times("no FUSE_NOTIFY_RESTARTED"), warnings, "{said}");
         let (resent, confirmed) = (times("were resent"), times("inodes confirmed"));
-        assert_eq!((resent, confirmed), if old { (3, 0) } else { (0, 3) }, "{said}");
+        assert_eq!(
+            (resent, confirmed),
+            if old { (3, 0) } else { (0, 3) },
+            "{said}"
+        );
     }
 }

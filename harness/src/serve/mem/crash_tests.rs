@@ -360,3 +360,32 @@ fn what_has_no_name_stays_as_long_as_the_kernel_knows_it() {
         .collect();
     assert_eq!(gained, [1, 1, 2]);
 }
+
+/// Bytes behind the size are nothing: those of a WRITE that was never finished, and those that a truncation cut off.
+#[test]
+fn what_was_behind_the_end_does_not_come_back() {
+    for name in [
+        "write behind the end",
+        "write far behind the end",
+        "truncate",
+    ] {
+        let case = CASES.iter().find(|case| case.name == name).unwrap();
+        let (_, points) = undisturbed(case, true);
+        for at in 0..points.len() {
+            let memfd = State::create_memfd().unwrap();
+            let tree = instance(&memfd);
+            lay_out(&tree);
+            die_at(at, || (case.act)(&tree, ID)).expect("it dies");
+            drop(tree);
+            let tree = instance(&memfd);
+            let one = node(&tree, "one");
+            let end = tree.attr(one).unwrap().size;
+            truncate(&tree, 601 * 4096).unwrap();
+            for from in [0, 4096, 600 * 4096] {
+                let data = tree.read(one, from, 4096).unwrap();
+                let mut behind = data.iter().zip(from..).filter(|(_, at)| *at >= end);
+                assert!(behind.all(|(byte, _)| *byte == 0), "{name}, dead at {at}");
+            }
+        }
+    }
+}

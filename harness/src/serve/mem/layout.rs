@@ -18,6 +18,9 @@ pub const NAMES_AT: usize = 16;
 pub const BLOCKS_AT: usize = 24;
 /// How many changes were made, ever.
 pub const CHANGES_AT: usize = 32;
+/// One more than the highest record that was ever used: what is behind takes no memory, not even to be looked at.
+pub const INODES_USED_AT: usize = 40;
+pub const NAMES_USED_AT: usize = 48;
 
 /// How many pairs of the log are valid; 0: no change is being made.
 pub const LOG_AT: usize = 0x1000;

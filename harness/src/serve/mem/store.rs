@@ -155,6 +155,20 @@ impl Store {
         Ok(())
     }
 
+    /// A record of a table is about to be used. `at`: the word that says how many ever were.
+    pub fn will_use(&self, at: usize, record: u32) {
+        if self.load(at) <= u64::from(record) {
+            self.store(at, u64::from(record) + 1);
+        }
+    }
+
+    /// How many records of a table have to be looked at.
+    pub fn used(&self, at: usize, capacity: u32) -> u32 {
+        u32::try_from(self.load(at))
+            .unwrap_or(capacity)
+            .min(capacity)
+    }
+
     /// How many changes were made, ever; the number of the last one.
     pub fn changes(&self) -> u64 {
         self.load(at::CHANGES_AT)

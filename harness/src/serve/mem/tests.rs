@@ -22,16 +22,21 @@ pub fn s(name: &str) -> &OsStr {
     OsStr::new(name)
 }
 
+const CONFIG: Config = Config {
+    nodes: 16,
+    handles: 2,
+    journal: 8,
+    arena_pages: 256,
+};
+
 /// A server without a kernel; dropped and made again it is the next instance.
 pub fn instance(memfd: &OwnedFd) -> Tree {
-    let config = Config {
-        nodes: 16,
-        handles: 2,
-        journal: 8,
-        arena_pages: 256,
-    };
+    open(memfd, &CONFIG)
+}
+
+fn open(memfd: &OwnedFd, config: &Config) -> Tree {
     let fd = memfd.try_clone().unwrap();
-    let state = State::open(fd, Identity([1, 2]), &config).unwrap();
+    let state = State::open(fd, Identity([1, 2]), config).unwrap();
     let tree = Tree::open(Arc::new(state)).unwrap();
     tree.resolve().unwrap();
     tree
@@ -337,4 +342,20 @@ fn a_tree_that_nobody_can_have_written_is_refused() {
     let refused = Tree::open(state).err().unwrap().to_string();
     assert!(refused.contains("damaged"), "{refused}");
     drop(memfd);
+}
+
+#[test]
+fn what_is_not_used_takes_no_memory() {
+    let memfd = State::create_memfd().unwrap();
+    let config = Config {
+        arena_pages: 1 << 22,
+        ..CONFIG
+    };
+    for _ in 0..2 {
+        let tree = open(&memfd, &config);
+        file(&tree, 2, ROOT, &format!("file{}", tree.store.changes()));
+        tree.settle();
+    }
+    let memory = nix::sys::stat::fstat(&memfd).unwrap().st_blocks * 512;
+    assert!(memory < 8 << 20, "{memory} bytes for two files in 16 GiB");
 }

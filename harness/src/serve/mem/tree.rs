@@ -14,7 +14,7 @@ use rust_fuse_notify::std::wire::FUSE_ROOT_ID;
 
 use super::free::Free;
 use super::inode::{Inode, Time};
-use super::layout::inode as at;
+use super::layout::{inode as at, INODES_USED_AT, NAMES_USED_AT};
 use super::names::{valid, Dir, Entry};
 use super::store::{Change, Res, Store};
 
@@ -63,6 +63,7 @@ impl Tree {
         }
         let place = self.store.layout.inode(FUSE_ROOT_ID as u32);
         self.store.reserve(place, at::LEN)?;
+        self.store.will_use(INODES_USED_AT, FUSE_ROOT_ID as u32);
         let now = Time::now();
         let root = Inode {
             nodeid: FUSE_ROOT_ID,
@@ -146,6 +147,7 @@ impl Tree {
             index.inodes.give(slot);
             return Err(e);
         }
+        self.store.will_use(INODES_USED_AT, slot);
         // The number of the change that makes it valid: no other file has it (short of 2^32 changes).
         let stamp = (self.store.changes() + 1) & 0xffff_ffff;
         Ok((place, u64::from(slot) | stamp << 32))
@@ -159,6 +161,7 @@ impl Tree {
             index.names.give(record);
             return Err(e);
         }
+        self.store.will_use(NAMES_USED_AT, record);
         let entry = Entry {
             record,
             child: 0,
@@ -175,7 +178,7 @@ impl Tree {
     pub fn settle(&self) -> u64 {
         let mut index = self.changing();
         let mut gone = 0;
-        for slot in 0..self.store.layout.inodes {
+        for slot in 1..self.store.used(INODES_USED_AT, self.store.layout.inodes) {
             let place = self.store.layout.inode(slot);
             let nodeid = self.store.load(place + at::NODEID);
             if nodeid == 0 || nodeid == FUSE_ROOT_ID || index.confirmed.contains(&nodeid) {
@@ -203,7 +206,7 @@ fn take_stock(store: &Store) -> anyhow::Result<Index> {
         confirmed: HashSet::new(),
     };
     let mut used = Vec::new();
-    for slot in 1..layout.inodes {
+    for slot in 1..store.used(INODES_USED_AT, layout.inodes) {
         let place = layout.inode(slot);
         let nodeid = store.load(place + at::NODEID);
         if nodeid == 0 {
@@ -232,7 +235,7 @@ fn take_stock(store: &Store) -> anyhow::Result<Index> {
             index.dirs.insert(nodeid, Dir::new(parent));
         }
     }
-    for record in 0..layout.names {
+    for record in 0..store.used(NAMES_USED_AT, layout.names) {
         if store.load(store.child_at(record)) == 0 {
             continue;
         }
