@@ -359,3 +359,31 @@ fn what_is_not_used_takes_no_memory() {
     let memory = nix::sys::stat::fstat(&memfd).unwrap().st_blocks * 512;
     assert!(memory < 8 << 20, "{memory} bytes for two files in 16 GiB");
 }
+
+#[test]
+fn a_nodeid_is_never_given_twice() {
+    let (_memfd, tree) = new();
+    let before = left(&tree);
+    let mut given = std::collections::HashSet::new();
+    for n in 0..20 {
+        let unique = 100 + 10 * n;
+        let old = dir(&tree, unique, ROOT, "old");
+        let over = dir(&tree, unique + 2, ROOT, "over");
+        assert!(given.insert(old) && given.insert(over), "round {n}");
+        let (from, to) = ((ROOT, s("old")), (ROOT, s("over")));
+        finish(tree.rename(unique + 4, ME, from, to, 0)).unwrap();
+        assert_eq!(tree.attr(over).unwrap().nlink, 0);
+        tree.forget(over, 1);
+        finish(tree.remove(unique + 6, (ROOT, s("over")), true)).unwrap();
+        assert_eq!(tree.attr(old).unwrap().nlink, 0);
+        // Nothing can be made in it any more.
+        let made = make(&tree, unique + 8, old, "new", libc::S_IFREG);
+        assert_eq!(made, Err(Errno::ENOENT));
+        tree.forget(old, 1);
+        assert_eq!(
+            (tree.attr(old), tree.attr(over)),
+            (Err(Errno::ESTALE), Err(Errno::ESTALE))
+        );
+        assert_eq!(left(&tree), before);
+    }
+}
