@@ -124,8 +124,11 @@ pub fn run(args: &Args, env: &Env<'_>) -> Result<()> {
 struct Work {
     name: &'static str,
     operations: u32,
-    turn: Box<dyn Fn(&Path, u32) -> Result<()>>,
+    turn: Box<Turn>,
 }
+
+/// Gets the mount, and which turn it is.
+type Turn = dyn Fn(&Path, u32) -> Result<()>;
 
 fn measure(args: &Args, with: &Path, without: &Path) -> Result<Vec<Line>> {
     let works = works(args);

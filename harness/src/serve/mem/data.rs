@@ -111,10 +111,10 @@ impl Store {
         if first > last {
             self.clear_in_block(inode, offset, end.saturating_sub(offset));
         } else {
-            if offset % PAGE_BYTES != 0 {
+            if !offset.is_multiple_of(PAGE_BYTES) {
                 self.clear_in_block(inode, offset, first * PAGE_BYTES - offset);
             }
-            if end % PAGE_BYTES != 0 {
+            if !end.is_multiple_of(PAGE_BYTES) {
                 self.clear_in_block(inode, last * PAGE_BYTES, end % PAGE_BYTES);
             }
             self.drop_blocks(free, inode, first, last);

@@ -199,7 +199,7 @@ impl Tree {
             self.prepare(index, caller, from.parent, &new)
         });
         let made = made.transpose();
-        let result = made.and_then(|made| {
+        let result = made.map(|made| {
             change.set(self.store.child_at(entry.record), from.child);
             change.set(
                 self.store.child_at(from.record),
@@ -208,7 +208,7 @@ impl Tree {
             if let Some((place, nodeid)) = made {
                 change.set(place + at::NODEID, nodeid);
             }
-            Ok((self.once(unique, Opcode::Rename, change), made))
+            (self.once(unique, Opcode::Rename, change), made)
         });
         let give_back = |index: &mut Index| {
             if to.is_none() {

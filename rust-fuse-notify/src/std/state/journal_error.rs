@@ -30,7 +30,7 @@ pub enum JournalError {
         /// Room for it, in bytes.
         max: usize,
     },
-    /// [`Slot::outcome`] of a slot that was given away; cannot happen while the guard lives.
+    /// [`super::Slot::outcome`] of a slot that was given away; cannot happen while the guard lives.
     #[error("request {id} is not in the journal any more")]
     Lost {
         /// Its original id.
