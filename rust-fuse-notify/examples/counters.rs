@@ -23,7 +23,7 @@ use rust_fuse_notify::std::state::{Config, Intent, Recorded, State, Success};
 use rust_fuse_notify::std::wire::{is_resent, Attr, Identity, FUSE_RESTARTABLE};
 
 /// A UUID would do; the same in every instance.
-const IDENTITY: Identity = Identity([0x636f_756e_7465_7273, 1]);
+pub const IDENTITY: Identity = Identity([0x636f_756e_7465_7273, 1]);
 /// The files `0` to `7`. Their nodeids are constants, so no table of nodes is needed.
 const FILES: u64 = 8;
 const FIRST: u64 = 2;
@@ -31,7 +31,7 @@ const FIRST: u64 = 2;
 const TTL: Duration = Duration::ZERO;
 
 #[derive(Clone)]
-struct Counters(Arc<State>);
+pub struct Counters(pub Arc<State>);
 
 impl Counters {
     /// Where the value of a file lies in the arena.
