@@ -29,6 +29,7 @@ enum Command {
     Scenario(crate::scenario::Args),
     Fuzz(crate::fuzz::Args),
     Stress(crate::stress::Args),
+    Crash(crate::crash::Args),
 }
 
 pub fn main() -> ExitCode {
@@ -42,6 +43,7 @@ pub fn main() -> ExitCode {
         Command::Scenario(args) => crate::scenario::run(&args),
         Command::Fuzz(args) => crate::fuzz::run(&args),
         Command::Stress(args) => crate::stress::run(&args),
+        Command::Crash(args) => crate::crash::run(&args),
     };
     result.unwrap_or_else(|e| {
         eprintln!("fuse-restart: {e:#}");

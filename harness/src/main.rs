@@ -3,6 +3,7 @@
 
 mod bench;
 mod cli;
+mod crash;
 mod crash_points;
 mod demo;
 mod fusectl;

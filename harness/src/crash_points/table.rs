@@ -6,7 +6,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::OnceLock;
 
 use nix::sys::mman::{mmap, munmap, MapFlags, ProtFlags};
@@ -18,13 +18,17 @@ const ARM: &str = "FUSE_RESTART_CRASH_ARM";
 
 /// Points in a table; there are a few hundred.
 const RECORDS: usize = 2048;
-/// Words of a record: state, reached, left, killed, then the name.
+/// Words of a record: state, reached, left, killed, reached at the last death, what to arm then (record + 1, and n),
+/// one to spare, then the name.
 const WORDS: usize = 16;
 const STATE: usize = 0;
 const REACHED: usize = 1;
 const LEFT: usize = 2;
 const KILLED: usize = 3;
-const NAME: usize = 4;
+const AT_DEATH: usize = 4;
+const THEN: usize = 5;
+const THEN_NTH: usize = 6;
+const NAME: usize = 8;
 const NAME_MAX: usize = (WORDS - NAME) * 8 - 1;
 const LEN: usize = RECORDS * WORDS * 8;
 
@@ -32,6 +36,9 @@ const LEN: usize = RECORDS * WORDS * 8;
 const EMPTY: u64 = 0;
 const BEGUN: u64 = 1;
 const VALID: u64 = 2;
+
+/// This process is killing itself.
+static DYING: AtomicBool = AtomicBool::new(false);
 
 /// What the table knows of a point.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +52,8 @@ pub struct Seen {
     pub left: u64,
     /// How often a process killed itself here.
     pub killed: u64,
+    /// How often it was reached since a process last killed itself, wherever that was.
+    pub since_death: u64,
 }
 
 /// The table, mapped.
@@ -144,34 +153,48 @@ impl Table {
         Ok(())
     }
 
+    /// The death at `first` arms `second`, by name; both are `opcode.point`.
+    pub fn arm_then(&self, first: &str, second: &str, nth: u64) -> io::Result<()> {
+        let full = |name| io::Error::other(format!("no room for the point {name}"));
+        let at = self.record(first).ok_or_else(|| full(first))?;
+        let next = self.record(second).ok_or_else(|| full(second))?;
+        self.word(at, THEN_NTH).store(nth, Ordering::SeqCst);
+        self.word(at, THEN).store(next as u64 + 1, Ordering::SeqCst);
+        Ok(())
+    }
+
     /// What is known of `opcode.point`.
     pub fn seen(&self, opcode: &str, point: &str) -> Seen {
         let name = format!("{opcode}.{point}");
-        let all = self.all().into_iter().find(|seen| seen.name == name);
-        all.unwrap_or(Seen {
-            name,
-            reached: 0,
-            left: 0,
-            killed: 0,
-        })
+        self.record(&name)
+            .map(|record| self.read(record))
+            .unwrap_or(Seen {
+                name,
+                reached: 0,
+                left: 0,
+                killed: 0,
+                since_death: 0,
+            })
+    }
+
+    fn read(&self, record: usize) -> Seen {
+        let load = |word| self.word(record, word).load(Ordering::SeqCst);
+        let bytes: Vec<u8> = (NAME..WORDS).flat_map(|w| load(w).to_ne_bytes()).collect();
+        let name = String::from_utf8_lossy(&bytes);
+        let reached = load(REACHED);
+        Seen {
+            name: name.trim_end_matches('\0').to_owned(),
+            reached,
+            left: load(LEFT),
+            killed: load(KILLED),
+            since_death: reached.saturating_sub(load(AT_DEATH)),
+        }
     }
 
     /// Every point that was reached or armed, by name.
     pub fn all(&self) -> Vec<Seen> {
         let valid = (0..RECORDS).filter(|r| self.word(*r, STATE).load(Ordering::Acquire) == VALID);
-        let mut all: Vec<Seen> = valid
-            .map(|record| {
-                let load = |word| self.word(record, word).load(Ordering::SeqCst);
-                let bytes: Vec<u8> = (NAME..WORDS).flat_map(|w| load(w).to_ne_bytes()).collect();
-                let name = String::from_utf8_lossy(&bytes);
-                Seen {
-                    name: name.trim_end_matches('\0').to_owned(),
-                    reached: load(REACHED),
-                    left: load(LEFT),
-                    killed: load(KILLED),
-                }
-            })
-            .collect();
+        let mut all: Vec<Seen> = valid.map(|record| self.read(record)).collect();
         all.sort_by(|a, b| a.name.cmp(&b.name));
         all
     }
@@ -180,13 +203,37 @@ impl Table {
         let Some(record) = self.record(&format!("{opcode}.{point}")) else {
             return;
         };
+        // A process that dies at one point does not die at the next as well, in another thread.
+        if DYING.load(Ordering::SeqCst) {
+            return;
+        }
         self.word(record, REACHED).fetch_add(1, Ordering::SeqCst);
         let left = self.word(record, LEFT);
         let one_less = |left: u64| left.checked_sub(1);
         if left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less) == Ok(1) {
+            DYING.store(true, Ordering::SeqCst);
+            self.prepare_for_the_next(record);
             self.word(record, KILLED).fetch_add(1, Ordering::SeqCst);
             // SAFETY: no memory is touched. The signal is delivered before the call returns.
             unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+        }
+    }
+}
+
+impl Table {
+    /// What the next instance finds: an order, if there is one, and from where to count.
+    fn prepare_for_the_next(&self, record: usize) {
+        for r in 0..RECORDS {
+            let reached = self.word(r, REACHED).load(Ordering::SeqCst);
+            self.word(r, AT_DEATH).store(reached, Ordering::SeqCst);
+        }
+        if let Some(next) = self
+            .word(record, THEN)
+            .load(Ordering::SeqCst)
+            .checked_sub(1)
+        {
+            let nth = self.word(record, THEN_NTH).load(Ordering::SeqCst);
+            self.word(next as usize, LEFT).store(nth, Ordering::SeqCst);
         }
     }
 }
@@ -279,6 +326,31 @@ mod tests {
         assert_eq!((seen.reached, seen.left, seen.killed), (2, 0, 1));
         table.reach("write", "pwrite");
         assert_eq!(table.seen("write", "pwrite").reached, 3, "and we live");
+    }
+
+    #[test]
+    fn a_death_arms_the_next_and_counts_from_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = Table::open(&dir.path().join("points")).unwrap();
+        table.arm("write", "pwrite", 1).unwrap();
+        table.arm_then("write.pwrite", "recover.replay", 2).unwrap();
+        table.reach("recover", "replay");
+        // SAFETY: the child only touches the mapping and dies.
+        match unsafe { nix::unistd::fork() }.unwrap() {
+            nix::unistd::ForkResult::Child => {
+                table.reach("write", "pwrite");
+                // SAFETY: ends the child without running anything of the test harness.
+                unsafe { libc::_exit(0) }
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                nix::sys::wait::waitpid(child, None).unwrap();
+            }
+        }
+        let next = table.seen("recover", "replay");
+        assert_eq!((next.left, next.reached, next.since_death), (2, 1, 0));
+        table.reach("recover", "replay");
+        let next = table.seen("recover", "replay");
+        assert_eq!((next.left, next.reached, next.since_death), (1, 2, 1));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `scripts/test` and `scripts/demo`: everything in its order.
 
+pub mod crash;
 pub mod demo;
 pub mod fuzz;
 pub mod mutants;
@@ -12,22 +13,56 @@ pub mod test;
 use crate::paths::Paths;
 use crate::ui;
 use anyhow::{ensure, Context, Result};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Builds `fuse-restart`, the program that is run in the guests.
 pub fn build_program(paths: &Paths, release: bool) -> Result<PathBuf> {
     ui::step("building fuse-restart (a minute or two the first time)");
+    let profile = if release { "release" } else { "debug" };
+    build(
+        paths,
+        &target(paths),
+        profile,
+        release.then_some("--release"),
+    )
+}
+
+/// The same with points at which a server can be made to die; elsewhere, so that the other one stays what it is.
+pub fn build_with_crash_points(paths: &Paths) -> Result<PathBuf> {
+    ui::step("building fuse-restart with crash points (a minute or two the first time)");
+    let target = target(paths).join("crash");
+    build(paths, &target, "debug", ["--features", "crash-points"])
+}
+
+fn target(paths: &Paths) -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR");
+    paths
+        .repo
+        .join(target.map_or_else(|| "target".into(), PathBuf::from))
+}
+
+fn build<'a>(
+    paths: &Paths,
+    target: &Path,
+    profile: &str,
+    options: impl IntoIterator<Item = &'a str>,
+) -> Result<PathBuf> {
     let mut c = Command::new("cargo");
-    c.args(["build", "--locked", "--quiet", "-p", "fuse-restart"])
-        .args(release.then_some("--release"))
-        .current_dir(&paths.repo);
+    c.args([
+        "build",
+        "--locked",
+        "--quiet",
+        "-p",
+        "fuse-restart",
+        "--target-dir",
+    ])
+    .arg(target)
+    .args(options)
+    .current_dir(&paths.repo);
     let status = c.status().context("cannot run cargo")?;
     ensure!(status.success(), "cargo build ended with {status}");
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
-    let profile = if release { "release" } else { "debug" };
-    let program = paths.repo.join(target).join(profile).join("fuse-restart");
+    let program = target.join(profile).join("fuse-restart");
     ensure!(
         program.is_file(),
         "{} is not there after the build",

@@ -44,6 +44,7 @@ fn instance_with(dir: &Path, memfd: &OwnedFd, journal: bool) -> Server {
         timeout: Duration::from_secs(1),
         discard: false,
         journal,
+        sign: true,
     };
     let server = Server::new(backing, yard, state, Device::new(null, false), opts, 1024);
     server

@@ -57,8 +57,10 @@ impl fuser::Filesystem for Passthrough {
             // Also makes the kernel check permissions, which the server relies on.
             InitFlags::FUSE_POSIX_ACL,
             InitFlags::FUSE_AUTO_INVAL_DATA,
-            InitFlags::from_bits_retain(FUSE_RESTARTABLE),
         ];
+        if self.0.opts.sign {
+            wanted.push(InitFlags::from_bits_retain(FUSE_RESTARTABLE));
+        }
         if self.0.opts.writeback {
             wanted.push(InitFlags::FUSE_WRITEBACK_CACHE);
         }

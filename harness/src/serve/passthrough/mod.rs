@@ -87,8 +87,26 @@ pub struct Args {
     /// Enter no change in the journal: for measurements, and to see what it is good for
     #[arg(long, hide = true)]
     no_journal: bool,
+    /// For the crash matrix: do as if the kernel could only send requests again
+    #[cfg(feature = "crash-points")]
+    #[arg(long, hide = true)]
+    unsigned: bool,
     /// The directory to serve
     backing: PathBuf,
+}
+
+#[cfg(feature = "crash-points")]
+impl Args {
+    fn unsigned(&self) -> bool {
+        self.unsigned
+    }
+}
+
+#[cfg(not(feature = "crash-points"))]
+impl Args {
+    fn unsigned(&self) -> bool {
+        false
+    }
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -128,6 +146,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         timeout: Duration::from_secs_f64(args.timeout),
         discard: args.discard_state,
         journal: !args.no_journal,
+        sign: !args.unsigned(),
     };
     if args.no_journal {
         tracing::warn!(

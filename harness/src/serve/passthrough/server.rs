@@ -28,6 +28,8 @@ pub struct Options {
     pub discard: bool,
     /// Changes are entered in the journal. Off for measurements only.
     pub journal: bool,
+    /// False in the crash matrix: the contract is not signed, so the kernel only sends again.
+    pub sign: bool,
 }
 
 pub struct Server {

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: GPL-2.0
+//! One case: a fresh mount, the workload, the deaths, and what is to be seen of it afterwards.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use nix::sys::wait::WaitStatus;
+
+use super::app;
+use super::dim::Dim;
+use super::kept::{Counts, Kept, Setup};
+use super::op::Workload;
+use super::plan::Kill;
+use super::tree;
+use crate::crash_points::Seen;
+use crate::raw::app::{describe, Proc};
+use crate::scenario::runner::interrupted;
+
+/// What must be the same with crashes and without.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Observed {
+    /// Each process's number and its results, line by line.
+    pub logs: Vec<(usize, Vec<String>)>,
+    /// The tree at the end, through the mount and, when that is gone, below it.
+    pub mounted: Vec<String>,
+    pub backing: Vec<String>,
+}
+
+pub struct Run {
+    pub observed: Observed,
+    /// How often each point was reached until the applications had ended and the server was idle.
+    pub seen: Vec<Seen>,
+    pub counts: Option<Counts>,
+}
+
+/// A case that tested nothing: the server did not come where it was to die.
+#[derive(Debug)]
+pub struct Unreached(pub String);
+
+impl std::fmt::Display for Unreached {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "not reached: {}", self.0)
+    }
+}
+
+impl std::error::Error for Unreached {}
+
+/// Runs a workload while the server dies at `kills`.
+///
+/// # Errors
+/// [`Unreached`], or whatever must not happen: somebody hangs, the keeper miscounts, something is left over.
+pub fn run(setup: &Setup, dim: &Dim, workload: &Workload, kills: &[Kill]) -> Result<Run> {
+    let mut kept = Kept::start(setup, dim, workload, kills)?;
+    let blocks = !dim.writeback;
+    let logs = applications(&mut kept, setup, workload, blocks)?;
+    let died = wait_for_deaths(&mut kept, kills)?;
+    let seen = kept.table.all();
+    let mounted = onlooker(&mut kept, setup, blocks)?;
+    kept.wait_until_idle()?;
+    kept.check_restarts(died)?;
+    let counts = match setup.mode.sign && kept_by_the_series(&kept)? {
+        true => Some(kept.compare_counts()?),
+        false => None,
+    };
+    kept.stop()?;
+    let backing = tree::of(&kept.back(), blocks);
+    Ok(Run {
+        observed: Observed {
+            logs,
+            mounted,
+            backing,
+        },
+        seen,
+        counts,
+    })
+}
+
+fn kept_by_the_series(kept: &Kept) -> Result<bool> {
+    Ok(kept.status()?.recovery.is_some_and(|r| r.supported()))
+}
+
+fn applications(
+    kept: &mut Kept,
+    setup: &Setup,
+    workload: &Workload,
+    blocks: bool,
+) -> Result<Vec<(usize, Vec<String>)>> {
+    let mut running = Vec::new();
+    for proc in &workload.procs {
+        let dir = kept.mnt().join(format!("p{}", proc.id));
+        let log = kept.file(&format!("log{}", proc.id));
+        let child = Proc::spawn(&format!("process {}", proc.id), &[], || {
+            match app::log(&log) {
+                Ok(log) => app::run(proc, &dir, log, blocks),
+                Err(_) => 3,
+            }
+        })?;
+        running.push((proc.id, child));
+    }
+    let deadline = Instant::now() + setup.patience;
+    let mut logs = Vec::new();
+    for (id, child) in &mut running {
+        let ended = end_of(child, deadline, kept).with_context(|| {
+            format!(
+                "its last result: {}",
+                last_line(&kept.file(&format!("log{id}")))
+            )
+        })?;
+        let mut lines = lines_of(&kept.file(&format!("log{id}")));
+        if ended != WaitStatus::Exited(child.pid, 0) {
+            lines.push(format!("ended with {}", how(ended)));
+        }
+        logs.push((*id, lines));
+    }
+    Ok(logs)
+}
+
+/// Without its pid, which is another one in every run.
+fn how(status: WaitStatus) -> String {
+    match status {
+        WaitStatus::Exited(_, code) => format!("status {code}"),
+        WaitStatus::Signaled(_, signal, _) => signal.to_string(),
+        other => format!("{other:?}"),
+    }
+}
+
+fn end_of(child: &mut Proc, deadline: Instant, kept: &Kept) -> Result<WaitStatus> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if child.ended_within(left.min(Duration::from_millis(200)))? {
+            return child.wait(Duration::from_secs(1));
+        }
+        if interrupted() {
+            bail!("interrupted");
+        }
+        if left.is_zero() {
+            bail!(
+                "{} hangs: {}\n      {}",
+                child.what,
+                describe(child.tid()),
+                kept.scene()
+            );
+        }
+    }
+}
+
+fn lines_of(path: &Path) -> Vec<String> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
+}
+
+fn last_line(path: &Path) -> String {
+    lines_of(path).pop().unwrap_or_else(|| "none".into())
+}
+
+/// Waits until the server has died as often as it was told to, and is idle again; how often that is.
+fn wait_for_deaths(kept: &mut Kept, kills: &[Kill]) -> Result<u64> {
+    let wanted = kills.len() as u64;
+    kept.wait_until("the server has died and is idle", |kept| {
+        // In this order: idle, and not dead yet, is idle for good.
+        let idle = kept.idle()?;
+        let died = kept.killed(kills);
+        if died >= wanted {
+            // Idle or not: the next that looks at the mount waits for the recovery.
+            return Ok(idle || wanted > 0);
+        }
+        Ok(idle && kept.status()?.keeper.restarts == died && kept.killed(kills) == died)
+    })?;
+    let died = kept.killed(kills);
+    if died < wanted {
+        let left = kills.iter().map(|kill| {
+            let (opcode, point) = kill.parts();
+            let seen = kept.table.seen(opcode, point);
+            format!(
+                "{} (reached {}, {} missing)",
+                seen.name, seen.reached, seen.left
+            )
+        });
+        return Err(Unreached(left.collect::<Vec<_>>().join(", ")).into());
+    }
+    Ok(died)
+}
+
+/// The tree as a process sees it that has done nothing before.
+fn onlooker(kept: &mut Kept, setup: &Setup, blocks: bool) -> Result<Vec<String>> {
+    let (mnt, out) = (kept.mnt(), kept.file("tree"));
+    let mut child = Proc::spawn("the onlooker", &[], || {
+        let text = tree::of(&mnt, blocks).join("\n");
+        i32::from(fs::write(&out, text).is_err())
+    })?;
+    let deadline = Instant::now() + setup.patience;
+    let ended = end_of(&mut child, deadline, kept)?;
+    if ended != WaitStatus::Exited(child.pid, 0) {
+        bail!("the onlooker ended with {}", how(ended));
+    }
+    Ok(lines_of(&kept.file("tree")))
+}
+
+/// The first few differences, if there are any.
+pub fn difference(want: &Observed, got: &Observed) -> Option<String> {
+    let mut found = Vec::new();
+    for ((id, want), (_, got)) in want.logs.iter().zip(&got.logs) {
+        found.extend(lines_differ(&format!("process {id}"), want, got));
+    }
+    found.extend(lines_differ("the tree", &want.mounted, &got.mounted));
+    found.extend(lines_differ(
+        "the tree below the mount",
+        &want.backing,
+        &got.backing,
+    ));
+    (!found.is_empty()).then(|| found.join("\n"))
+}
+
+fn lines_differ(what: &str, want: &[String], got: &[String]) -> Vec<String> {
+    const NONE: &str = "nothing";
+    let line = |lines: &[String], n: usize| lines.get(n).map_or(NONE.into(), Clone::clone);
+    (0..want.len().max(got.len()))
+        .filter(|n| want.get(*n) != got.get(*n))
+        .take(3)
+        .map(|n| {
+            format!(
+                "    {what}, line {}:\n      without a crash: {}\n      with:            {}",
+                n + 1,
+                line(want, n),
+                line(got, n)
+            )
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_is_compared() {
+        let text =
+            |lines: &[&str]| -> Vec<String> { lines.iter().map(|l| (*l).to_owned()).collect() };
+        let one = Observed {
+            logs: vec![(0, text(&["a", "b"])), (2, text(&["c"]))],
+            mounted: text(&["t"]),
+            backing: text(&["u"]),
+        };
+        assert_eq!(difference(&one, &one), None);
+        let mut others = vec![one.clone(), one.clone(), one.clone(), one.clone()];
+        others[0].logs[0].1[1] = "x".into();
+        others[1].logs[1].1.push("more".into());
+        others[2].mounted.clear();
+        others[3].backing[0] = "x".into();
+        for other in others {
+            assert!(difference(&one, &other).is_some(), "{other:?}");
+            assert!(difference(&other, &one).is_some(), "{other:?}");
+        }
+    }
+}

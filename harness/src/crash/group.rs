@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: GPL-2.0
+//! All cases of one workload: it is run without a crash first, which tells what must come out and what is reached.
+
+use anyhow::{bail, Context, Result};
+
+use super::case::{self, difference, Observed, Run, Unreached};
+use super::generate::{self, Focus, FOCUSES, JOURNALLED, MIXED};
+use super::kept::{Counts, Setup};
+use super::op::Workload;
+use super::plan::{Case, Group, Kill};
+use super::tally::Verdict;
+use crate::crash_points::Seen;
+use crate::raw::wait::Rng;
+
+/// Points of a long workload that are tried in one round.
+const OF_MIXED: usize = 16;
+
+/// The names that stand where a focus can.
+pub fn names() -> Vec<&'static str> {
+    let special = ["adopt", "twice", "mixed"];
+    FOCUSES.iter().map(|f| f.name).chain(special).collect()
+}
+
+/// A group that is being run.
+pub struct Running<'a> {
+    pub setup: &'a Setup<'a>,
+    pub group: Group,
+    pub workload: Workload,
+    want: Observed,
+    seen: Vec<Seen>,
+    rng: Rng,
+    /// Opcode whose points are tried.
+    opcode: &'static str,
+}
+
+pub struct Judged {
+    pub case: Case,
+    pub verdict: Verdict,
+    pub reason: String,
+    /// What was reached, if anything was.
+    seen: Vec<Seen>,
+}
+
+/// Which workload a group has.
+fn focus_of(group: &Group) -> Result<&'static Focus> {
+    let name = match group.focus.as_str() {
+        "mixed" => return Ok(&MIXED),
+        "adopt" => "statfs",
+        "twice" => JOURNALLED[(group.round % JOURNALLED.len() as u64) as usize],
+        name => name,
+    };
+    generate::find(name).with_context(|| {
+        format!(
+            "no kind of workload is called {name:?}; there are {}",
+            names().join(", ")
+        )
+    })
+}
+
+/// Seed of a group: another one for each, and always the same.
+fn seed_of(group: &Group, seed: u64) -> u64 {
+    let name = group.to_string();
+    super::op::sum(name.as_bytes()) ^ Rng(seed).next()
+}
+
+pub fn workload(group: &Group, seed: u64) -> Result<Workload> {
+    let focus = focus_of(group)?;
+    Ok(generate::workload(
+        focus,
+        seed_of(group, seed),
+        group.dim.procs(),
+    ))
+}
+
+impl<'a> Running<'a> {
+    /// Runs the workload without a crash.
+    pub fn begin(setup: &'a Setup<'a>, group: &Group, seed: u64) -> Result<Running<'a>> {
+        let workload = workload(group, seed)?;
+        let oracle = case::run(setup, &group.dim, &workload, &[])
+            .with_context(|| format!("{group}/, without a crash"))?;
+        if let Some(Counts::Differ(n)) = oracle.counts {
+            bail!("{group}/, without a crash: {n} lookup counts differ");
+        }
+        let opcode = match group.focus.as_str() {
+            "adopt" => "adopt",
+            _ => focus_of(group)?.opcode,
+        };
+        Ok(Running {
+            setup,
+            group: group.clone(),
+            workload,
+            want: oracle.observed,
+            seen: oracle.seen,
+            rng: Rng(seed_of(group, seed) ^ 0x6372_6173_6821),
+            opcode,
+        })
+    }
+
+    /// What was reached without a crash, for somebody who looks for a case.
+    pub fn reached(&self) -> String {
+        let reached = self.seen.iter().filter(|seen| seen.reached > 0);
+        let lines = reached.map(|seen| format!("  {} {}", seen.name, seen.reached));
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
+    /// The cases with one death that this workload can have, one for each point that it reaches.
+    pub fn cases(&mut self) -> Vec<Case> {
+        let all = self.group.focus == "mixed";
+        let mut reached: Vec<Seen> = self.seen.clone();
+        reached.retain(|seen| {
+            let opcode = seen.name.split('.').next().unwrap_or_default();
+            seen.reached > 0 && (opcode == self.opcode || (all && opcode != "adopt"))
+        });
+        if all || self.group.focus == "twice" {
+            self.rng.shuffle(&mut reached);
+            reached.truncate(if all { OF_MIXED } else { 1 });
+        }
+        let points = reached.into_iter();
+        points
+            .map(|seen| {
+                let nth = 1 + self.rng.below(seen.reached as usize) as u64;
+                self.case(vec![Kill::new(&seen.name, nth)])
+            })
+            .collect()
+    }
+
+    /// The cases in which the next instance dies as well, of one whose deaths are known.
+    pub fn then(&mut self, first: &Judged) -> Vec<Case> {
+        if self.group.focus != "twice" || first.case.kills.len() != 1 {
+            return Vec::new();
+        }
+        let kill = first.case.kills[0].clone();
+        let opcode = kill.parts().0.to_owned();
+        let again = first.seen.iter().filter(|seen| {
+            let of = seen.name.split('.').next().unwrap_or_default();
+            // A point can hold one order at a time.
+            seen.since_death > 0 && (of == "recover" || of == opcode) && seen.name != kill.point
+        });
+        let again: Vec<Seen> = again.cloned().collect();
+        let mut cases = Vec::new();
+        for seen in again {
+            let nth = 1 + self.rng.below(seen.since_death as usize) as u64;
+            cases.push(self.case(vec![kill.clone(), Kill::new(&seen.name, nth)]));
+        }
+        cases
+    }
+
+    fn case(&self, kills: Vec<Kill>) -> Case {
+        Case {
+            group: self.group.clone(),
+            kills,
+        }
+    }
+
+    pub fn judge(&self, case: &Case) -> Judged {
+        self.judge_on(case, &self.workload, &self.want)
+    }
+
+    fn judge_on(&self, case: &Case, workload: &Workload, want: &Observed) -> Judged {
+        let result = case::run(self.setup, &case.group.dim, workload, &case.kills);
+        let (verdict, reason, seen) = match result {
+            Ok(run) => {
+                let (verdict, reason) = judge(want, &run);
+                (verdict, reason, run.seen)
+            }
+            Err(e) if e.downcast_ref::<Unreached>().is_some() => {
+                (Verdict::Unreached, format!("{e:#}"), Vec::new())
+            }
+            Err(e) => (Verdict::Broken, format!("{e:#}"), Vec::new()),
+        };
+        Judged {
+            case: case.clone(),
+            verdict,
+            reason,
+            seen,
+        }
+    }
+
+    /// Whether the oracle says the same once more; if not, that is the defect.
+    pub fn oracle_is_stable(&self) -> Result<Option<String>> {
+        let again = case::run(self.setup, &self.group.dim, &self.workload, &[])?;
+        Ok(difference(&self.want, &again.observed))
+    }
+
+    /// The shortest workload that still shows what `judged` is about, and at which reach.
+    pub fn shortest(&self, judged: &Judged, tries: usize) -> Option<(Workload, Case, String)> {
+        let [kill] = &judged.case.kills[..] else {
+            return None;
+        };
+        let mut found = None;
+        let best = super::minimise::shortest(&self.workload, tries, |candidate| {
+            let Ok(oracle) = case::run(self.setup, &self.group.dim, candidate, &[]) else {
+                return false;
+            };
+            let reached = oracle.seen.iter().find(|seen| seen.name == kill.point);
+            let reached = reached.map_or(0, |seen| seen.reached);
+            let mut nths = vec![kill.nth.min(reached), reached, 1];
+            nths.dedup();
+            for nth in nths.into_iter().filter(|nth| *nth > 0) {
+                let case = self.case(vec![Kill::new(&kill.point, nth)]);
+                let again = self.judge_on(&case, candidate, &oracle.observed);
+                if again.verdict == judged.verdict {
+                    found = Some((case, again.reason));
+                    return true;
+                }
+            }
+            false
+        });
+        found.map(|(case, reason)| (best, case, reason))
+    }
+}
+
+fn judge(want: &Observed, run: &Run) -> (Verdict, String) {
+    if let Some(found) = difference(want, &run.observed) {
+        return (Verdict::Differs, found);
+    }
+    match run.counts {
+        Some(Counts::Differ(n)) => (
+            Verdict::Broken,
+            format!("{n} lookup counts of the server are not the kernel's"),
+        ),
+        _ => (Verdict::Same, String::new()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::dim::DIMS;
+    use super::*;
+
+    #[test]
+    fn every_name_stands_for_a_workload() {
+        for focus in names() {
+            for dim in DIMS {
+                let group = Group {
+                    dim,
+                    focus: focus.into(),
+                    round: 3,
+                };
+                let drawn = workload(&group, 1).unwrap();
+                assert!(drawn.len() > 2, "{group}");
+                assert_eq!(drawn.procs.len(), dim.procs());
+            }
+        }
+        let unknown = Group {
+            dim: DIMS[0],
+            focus: "none".into(),
+            round: 0,
+        };
+        assert!(workload(&unknown, 1).is_err());
+    }
+}

@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The whole matrix: which groups, in which order, until when, and what is told of it.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context, Result};
+use nix::mount::{mount, MsFlags};
+
+use super::dim::{Dim, Mode, DIMS};
+use super::group::{self, Judged, Running};
+use super::kept::Setup;
+use super::kmsg;
+use super::plan::{Case, Group};
+use super::tally::{Failure, Tally, Verdict};
+use super::{Args, Switch};
+use crate::raw::env::Env;
+use crate::scenario::runner::{self, interrupted};
+
+/// How often the shortest workload is asked for.
+const TRIES: usize = 60;
+const TELL_EVERY: Duration = Duration::from_secs(15);
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let seed = args.seed.unwrap_or_else(runner::clock_seed);
+    let case = args.case.as_deref().map(str::parse::<Case>).transpose()?;
+    if let (true, Some(case)) = (args.print, &case) {
+        print!("seed {seed}\n{}", group::workload(&case.group, seed)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let groups = groups(args)?;
+    let mode = Mode {
+        journal: args.journal == Switch::On,
+        sign: !args.resend_only,
+    };
+    let patience = args.patience.unwrap_or(if mode.sign { 20 } else { 3 });
+    runner::with_env(Duration::from_secs(patience), seed, |env| {
+        ensure!(
+            env.support.series || !mode.sign,
+            "this kernel does not offer FUSE_RESTARTABLE: boot one with the series (scripts/vm), or say --resend-only"
+        );
+        let setup = Setup {
+            binary: std::fs::read_link("/proc/self/exe").context("which program is this")?,
+            mode,
+            patience: env.patience,
+            scratch: &scratch(env)?,
+        };
+        let mut matrix = Matrix::new(args, &setup, seed)?;
+        match &case {
+            Some(case) => matrix.one(case),
+            None => matrix.all(&groups),
+        }
+    })
+}
+
+/// In the order in which everything comes up early.
+fn groups(args: &Args) -> Result<Vec<Group>> {
+    let known = group::names();
+    for name in &args.only {
+        if !known.contains(&name.as_str()) {
+            bail!(
+                "no kind of workload is called {name:?}; there are {}",
+                known.join(", ")
+            );
+        }
+    }
+    let dims: Vec<Dim> = match args.dims.is_empty() {
+        true => DIMS.into(),
+        false => args
+            .dims
+            .iter()
+            .map(|name| Dim::find(name))
+            .collect::<Result<_>>()?,
+    };
+    let mut groups = Vec::new();
+    for round in args.from..args.from + args.rounds {
+        for focus in &known {
+            if !args.only.is_empty() && !args.only.iter().any(|name| name == focus) {
+                continue;
+            }
+            groups.extend(dims.iter().map(|dim| Group {
+                dim: *dim,
+                focus: (*focus).into(),
+                round,
+            }));
+        }
+    }
+    Ok(groups)
+}
+
+/// A tmpfs of our own, in our own namespace: it has file handles, and nothing of it is left.
+fn scratch(env: &Env<'_>) -> Result<std::path::PathBuf> {
+    let dir = env.scratch.join("crash");
+    std::fs::create_dir(&dir)?;
+    // Access times that only somebody who sets them changes.
+    let flags = MsFlags::MS_NOATIME;
+    mount(Some("crash"), &dir, Some("tmpfs"), flags, Some("mode=755"))
+        .with_context(|| format!("cannot mount a tmpfs on {}", dir.display()))?;
+    Ok(dir)
+}
+
+struct Matrix<'a> {
+    args: &'a Args,
+    setup: &'a Setup<'a>,
+    seed: u64,
+    tally: Tally,
+    log: kmsg::Log,
+    began: Instant,
+    told: Instant,
+    /// Of earlier runs.
+    before: f64,
+}
+
+impl<'a> Matrix<'a> {
+    fn new(args: &'a Args, setup: &'a Setup<'a>, seed: u64) -> Result<Matrix<'a>> {
+        let mut tally = Tally {
+            kernel: runner::kernel()?,
+            seed,
+            mode: setup.mode.name().into(),
+            ..Tally::default()
+        };
+        if let Some(path) = &args.resume {
+            tally = Tally::resume(path, &tally)?;
+        }
+        println!("kernel {}, seed {seed}, {}", tally.kernel, tally.mode);
+        Ok(Matrix {
+            args,
+            setup,
+            seed,
+            before: tally.seconds,
+            tally,
+            log: kmsg::Log::open(),
+            began: Instant::now(),
+            told: Instant::now(),
+        })
+    }
+
+    fn one(&mut self, case: &Case) -> Result<ExitCode> {
+        let running = Running::begin(self.setup, &case.group, self.seed)?;
+        if case.kills.is_empty() {
+            println!("without a crash:\n{}", running.reached());
+            return Ok(ExitCode::SUCCESS);
+        }
+        let mut judged = running.judge(case);
+        self.complaints(&mut judged);
+        println!("{case}: {:?}\n{}", judged.verdict, judged.reason);
+        self.tally.add(case, judged.verdict);
+        if judged.verdict == Verdict::Differs && !self.args.no_shortest {
+            println!("{}", shortest(&running, &judged).unwrap_or_default());
+        }
+        Ok(exit(judged.verdict == Verdict::Same))
+    }
+
+    fn all(&mut self, groups: &[Group]) -> Result<ExitCode> {
+        let whole = self.setup.mode.whole();
+        let enough = self
+            .args
+            .failures
+            .unwrap_or(if whole { 10 } else { u64::MAX });
+        let todo: Vec<&Group> = groups
+            .iter()
+            .filter(|group| !self.tally.done.contains(&group.to_string()))
+            .collect();
+        let mut ended = "";
+        for (n, group) in todo.iter().enumerate() {
+            if self
+                .args
+                .seconds
+                .is_some_and(|s| self.began.elapsed().as_secs() >= s)
+            {
+                ended = " (the time was up)";
+                break;
+            }
+            self.tell(n, todo.len());
+            if self.group(group, enough)? {
+                self.tally.done.insert(group.to_string());
+            }
+            if interrupted() {
+                ended = " (interrupted)";
+                break;
+            }
+            if self.tally.failed() >= enough {
+                ended = " (enough failed)";
+                break;
+            }
+        }
+        self.save()?;
+        let total = self.tally.total();
+        print!("{}", self.tally.table(false));
+        println!(
+            "{} cases, {} crashes, {} differ, {} broken, {} not reached, {:.0} s{ended}",
+            total.cases,
+            self.tally.crashes,
+            total.differ,
+            total.broken,
+            total.unreached,
+            self.tally.seconds
+        );
+        // Without the journal, or without the series, the matrix must find something.
+        let fine = match whole {
+            true => self.tally.failed() == 0 && total.cases > 0,
+            false => total.differ + total.broken > 0,
+        };
+        Ok(exit(fine))
+    }
+
+    /// All cases of a group; false if it was ended before.
+    fn group(&mut self, group: &Group, enough: u64) -> Result<bool> {
+        let mut running = match Running::begin(self.setup, group, self.seed) {
+            Ok(running) => running,
+            Err(_) if interrupted() => return Ok(false),
+            Err(e) if self.setup.mode.whole() => return Err(e),
+            Err(e) => {
+                // It may be of a mode that is expected to fail.
+                println!("{e:#}");
+                return Ok(true);
+            }
+        };
+        let mut cases = running.cases();
+        while let Some(case) = cases.pop() {
+            let mut judged = running.judge(&case);
+            if interrupted() {
+                return Ok(false);
+            }
+            self.complaints(&mut judged);
+            self.tally.add(&case, judged.verdict);
+            if judged.verdict != Verdict::Same {
+                self.failed(&running, &judged);
+                if self.tally.failed() >= enough {
+                    return Ok(false);
+                }
+            }
+            cases.extend(running.then(&judged));
+        }
+        Ok(true)
+    }
+
+    fn complaints(&mut self, judged: &mut Judged) {
+        let complaints = self.log.complaints();
+        if !complaints.is_empty() {
+            judged.verdict = Verdict::Broken;
+            judged.reason += &format!("    the kernel: {}", complaints.join("\n    "));
+        }
+    }
+
+    fn failed(&mut self, running: &Running<'_>, judged: &Judged) {
+        let whole = self.setup.mode.whole();
+        let case = judged.case.to_string();
+        let mut reason = judged.reason.clone();
+        let mut short = None;
+        if whole {
+            println!("{:?}: {case}\n{reason}", judged.verdict);
+            println!(
+                "  again: fuse-restart crash --seed {} --case {case}",
+                self.seed
+            );
+        }
+        if whole && judged.verdict == Verdict::Differs {
+            match running.oracle_is_stable() {
+                Ok(None) => {}
+                Ok(Some(other)) => {
+                    reason +=
+                        &format!("\n    and without a crash it is not always the same:\n{other}");
+                    println!("  the oracle is not stable:\n{other}");
+                }
+                Err(e) => reason += &format!("\n    and without a crash: {e:#}"),
+            }
+            if !self.args.no_shortest {
+                short = shortest(running, judged);
+                println!("{}", short.clone().unwrap_or_default());
+            }
+        }
+        // Thousands are expected of a mode that lacks something.
+        if whole || self.tally.failures.len() < 200 {
+            self.tally.failures.push(Failure {
+                case,
+                verdict: judged.verdict,
+                reason,
+                shortest: short,
+            });
+        }
+    }
+
+    fn tell(&mut self, group: usize, groups: usize) {
+        self.tally.seconds = self.before + self.began.elapsed().as_secs_f64();
+        if self.told.elapsed() < TELL_EVERY {
+            return;
+        }
+        self.told = Instant::now();
+        let total = self.tally.total();
+        let took = self.began.elapsed().as_secs_f64();
+        let left = took / group.max(1) as f64 * (groups - group) as f64;
+        let left = match self.args.seconds {
+            Some(limit) => left.min(limit as f64 - took),
+            None => left,
+        };
+        println!(
+            "{} cases, {} differ, {} broken, {} not reached; workload {group} of {groups}, {took:.0} s, about {:.0} min left",
+            total.cases,
+            total.differ,
+            total.broken,
+            total.unreached,
+            (left / 60.0).max(0.0).ceil()
+        );
+        if let Err(e) = self.save() {
+            println!("{e:#}");
+        }
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.tally.seconds = self.before + self.began.elapsed().as_secs_f64();
+        if let Some(path) = &self.args.json {
+            self.tally.write(path)?;
+        }
+        if let Some(path) = &self.args.markdown {
+            write(path, &self.tally.table(true))?;
+        }
+        Ok(())
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn shortest(running: &Running<'_>, judged: &Judged) -> Option<String> {
+    let (workload, case, reason) = running.shortest(judged, TRIES)?;
+    Some(format!(
+        "  shortest workload that shows it ({} operations, killed at {}):\n{workload}{reason}",
+        workload.len(),
+        case.to_string().rsplit('/').next().unwrap_or_default()
+    ))
+}
+
+fn exit(fine: bool) -> ExitCode {
+    if fine {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

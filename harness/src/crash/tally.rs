@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Results: counted by opcode and point, kept in a file so that a run can be gone on with, shown as a table.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use anyhow::{ensure, Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::plan::Case;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    Same,
+    /// Results or trees are others than without a crash.
+    Differs,
+    /// Somebody hangs, something is left over, counts are wrong, the kernel complains.
+    Broken,
+    /// The server did not come to the point: nothing was tested.
+    Unreached,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cell {
+    pub cases: u64,
+    pub differ: u64,
+    pub broken: u64,
+    pub unreached: u64,
+}
+
+impl Cell {
+    fn add(&mut self, verdict: Verdict) {
+        self.cases += 1;
+        match verdict {
+            Verdict::Same => {}
+            Verdict::Differs => self.differ += 1,
+            Verdict::Broken => self.broken += 1,
+            Verdict::Unreached => self.unreached += 1,
+        }
+    }
+
+    fn sum(&mut self, other: &Cell) {
+        self.cases += other.cases;
+        self.differ += other.differ;
+        self.broken += other.broken;
+        self.unreached += other.unreached;
+    }
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Failure {
+    pub case: String,
+    pub verdict: Verdict,
+    pub reason: String,
+    /// The shortest workload that was found to show it.
+    pub shortest: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Tally {
+    pub kernel: String,
+    pub seed: u64,
+    pub mode: String,
+    /// Groups that were done to the end.
+    pub done: BTreeSet<String>,
+    /// By dimension, then by point (`then POINT` for the second of two deaths).
+    pub cells: BTreeMap<String, BTreeMap<String, Cell>>,
+    /// Times that a server killed itself.
+    pub crashes: u64,
+    pub seconds: f64,
+    pub failures: Vec<Failure>,
+}
+
+impl Tally {
+    /// Goes on with what an earlier run has left.
+    pub fn resume(path: &Path, new: &Tally) -> Result<Tally> {
+        let shown = path.display();
+        let text = std::fs::read(path).with_context(|| format!("cannot read {shown}"))?;
+        let old: Tally = serde_json::from_slice(&text)
+            .with_context(|| format!("{shown} is no result of fuse-restart crash"))?;
+        ensure!(
+            (old.seed, &old.mode) == (new.seed, &new.mode),
+            "{shown} is of seed {} and mode {:?}; this run is of seed {} and mode {:?}: give the same",
+            old.seed,
+            old.mode,
+            new.seed,
+            new.mode
+        );
+        Ok(old)
+    }
+
+    /// Whole or not at all: a run may be ended at any time.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)? + "\n";
+        let fresh = path.with_extension("new");
+        let put = || {
+            std::fs::write(&fresh, &text)?;
+            std::fs::rename(&fresh, path)
+        };
+        // The guest's OUT file may be one that cannot be replaced.
+        put()
+            .or_else(|_| std::fs::write(path, &text))
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    pub fn add(&mut self, case: &Case, verdict: Verdict) {
+        if verdict != Verdict::Unreached {
+            self.crashes += case.kills.len() as u64;
+        }
+        let Some(last) = case.kills.last() else {
+            return;
+        };
+        let name = match case.kills.len() {
+            1 => last.point.clone(),
+            _ => format!("then {}", last.point),
+        };
+        let of_dim = self.cells.entry(case.group.dim.name.into()).or_default();
+        of_dim.entry(name).or_default().add(verdict);
+    }
+
+    pub fn total(&self) -> Cell {
+        let mut total = Cell::default();
+        for cell in self.cells.values().flat_map(BTreeMap::values) {
+            total.sum(cell);
+        }
+        total
+    }
+
+    pub fn failed(&self) -> u64 {
+        let total = self.total();
+        total.differ + total.broken + total.unreached
+    }
+
+    fn by_point(&self) -> BTreeMap<&str, Cell> {
+        let mut points: BTreeMap<&str, Cell> = BTreeMap::new();
+        for (name, cell) in self.cells.values().flatten() {
+            points.entry(name).or_default().sum(cell);
+        }
+        points
+    }
+
+    /// A row for each opcode and point, and one for each dimension.
+    pub fn table(&self, markdown: bool) -> String {
+        let mut rows = Vec::new();
+        for (name, cell) in self.by_point() {
+            let second = name.strip_prefix("then ");
+            let (opcode, point) = second.unwrap_or(name).split_once('.').unwrap_or((name, ""));
+            let point = match second {
+                Some(_) => format!("{point} (second death)"),
+                None => point.to_owned(),
+            };
+            rows.push((opcode.to_owned(), point, cell));
+        }
+        rows.sort_by(|a, b| (&a.0, &a.1).cmp(&(&b.0, &b.1)));
+        for (dim, cells) in &self.cells {
+            let mut all = Cell::default();
+            cells.values().for_each(|cell| all.sum(cell));
+            rows.push(("all".into(), dim.clone(), all));
+        }
+        rows.push(("all".into(), "all".into(), self.total()));
+        let mut text = String::new();
+        let mut line = |columns: [String; 6]| {
+            text += &match markdown {
+                true => format!("| {} |\n", columns.join(" | ")),
+                false => format!(
+                    "{:<16} {:<36} {:>7} {:>7} {:>7} {:>9}\n",
+                    columns[0], columns[1], columns[2], columns[3], columns[4], columns[5]
+                ),
+            };
+        };
+        line(["opcode", "point", "cases", "differ", "broken", "unreached"].map(str::to_owned));
+        if markdown {
+            line(["---", "---", "---:", "---:", "---:", "---:"].map(str::to_owned));
+        }
+        for (opcode, point, cell) in rows {
+            let numbers = [cell.cases, cell.differ, cell.broken, cell.unreached];
+            let [cases, differ, broken, unreached] = numbers.map(|n| n.to_string());
+            line([opcode, point, cases, differ, broken, unreached]);
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tally() -> Tally {
+        let mut tally = Tally {
+            seed: 3,
+            mode: "whole".into(),
+            ..Tally::default()
+        };
+        let case = |text: &str| text.parse::<Case>().unwrap();
+        tally.add(&case("t1-wt/mkdir/0/mkdir.intent:1"), Verdict::Same);
+        tally.add(&case("t4-wt/mkdir/0/mkdir.intent:2"), Verdict::Differs);
+        let twice = case("t1-wt/twice/0/mkdir.intent:1+recover.replay:4");
+        tally.add(&twice, Verdict::Broken);
+        tally.add(&case("t1-wt/mkdir/0/mkdir.mkdirat:9"), Verdict::Unreached);
+        tally
+    }
+
+    #[test]
+    fn cases_are_counted_where_they_belong() {
+        let tally = tally();
+        assert_eq!((tally.crashes, tally.failed()), (4, 3));
+        let points = tally.by_point();
+        assert_eq!(
+            (points["mkdir.intent"].cases, points["mkdir.intent"].differ),
+            (2, 1)
+        );
+        assert_eq!(points["then recover.replay"].broken, 1);
+        let text = tally.table(true);
+        assert!(
+            text.contains("| mkdir | intent | 2 | 1 | 0 | 0 |"),
+            "{text}"
+        );
+        assert!(
+            text.contains("| recover | replay (second death) | 1 | 0 | 1 | 0 |"),
+            "{text}"
+        );
+        assert!(text.contains("| all | all | 4 | 1 | 1 | 1 |"), "{text}");
+    }
+
+    #[test]
+    fn a_run_is_gone_on_with_only_if_it_is_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("result.json");
+        let one = tally();
+        one.write(&path).unwrap();
+        assert_eq!(Tally::resume(&path, &one).unwrap().total(), one.total());
+        let other = Tally { seed: 4, ..tally() };
+        assert!(Tally::resume(&path, &other).is_err());
+        assert!(Tally::resume(&dir.path().join("none"), &one).is_err());
+    }
+}
