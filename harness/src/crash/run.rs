@@ -210,10 +210,16 @@ impl<'a> Matrix<'a> {
         let mut running = match Running::begin(self.setup, group, self.seed) {
             Ok(running) => running,
             Err(_) if interrupted() => return Ok(false),
-            Err(e) if self.setup.mode.whole() => return Err(e),
             Err(e) => {
-                // It may be of a mode that is expected to fail.
-                println!("{e:#}");
+                let reason = format!("{e:#}");
+                println!("{reason}");
+                self.tally.add_oracle(group);
+                self.tally.failures.push(Failure {
+                    case: format!("{group}/"),
+                    verdict: Verdict::Broken,
+                    reason,
+                    shortest: None,
+                });
                 return Ok(true);
             }
         };

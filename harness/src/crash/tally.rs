@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::plan::Case;
+use super::plan::{Case, Group};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -117,6 +117,15 @@ impl Tally {
         };
         let of_dim = self.cells.entry(case.group.dim.name.into()).or_default();
         of_dim.entry(name).or_default().add(verdict);
+    }
+
+    /// Not even the run without a crash went well.
+    pub fn add_oracle(&mut self, group: &Group) {
+        let of_dim = self.cells.entry(group.dim.name.into()).or_default();
+        of_dim
+            .entry("oracle.run".into())
+            .or_default()
+            .add(Verdict::Broken);
     }
 
     pub fn total(&self) -> Cell {
