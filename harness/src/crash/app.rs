@@ -170,6 +170,7 @@ impl App {
                 rest(&fd, &mut all)?;
                 Ok(self.listed(all))
             }
+            Op::Run(script) => run_script(script),
             Op::HoldCwd(..) | Op::AskCwd(..) | Op::LetCwd(..) => self.held(op),
             _ => self.on_file(op),
         }
@@ -384,6 +385,30 @@ fn hold(path: &str, asked: &Receiver<()>, tell: &Sender<nix::Result<FileStat>>) 
         }
     }
     let _ = unistd::chdir("/");
+}
+
+fn run_script(script: &str) -> Told {
+    let mut command = std::process::Command::new("sh");
+    command
+        .args(["-ec", script])
+        .env("HOME", "/nonexistent")
+        .env("LC_ALL", "C");
+    for (name, value) in super::programs::VARIABLES {
+        command.env(name, value);
+    }
+    let out = command.stdin(std::process::Stdio::null()).output();
+    let out = out.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))?;
+    let said = |bytes: &[u8]| {
+        String::from_utf8_lossy(bytes)
+            .trim_end()
+            .replace('\n', "; ")
+    };
+    Ok(format!(
+        "{}: {} {}",
+        out.status,
+        said(&out.stdout),
+        said(&out.stderr)
+    ))
 }
 
 fn rest(fd: &OwnedFd, all: &mut Vec<(String, u8, u64)>) -> nix::Result<()> {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The crash matrix: a server that dies at every point of every operation, and applications that must not notice.
 //!
-//! * [`op`] what an application does, [`generate`] and [`steps`] draw it from the seed, [`app`] does it
+//! * [`op`] what an application does, [`generate`], [`steps`] and [`programs`] draw it from the seed, [`app`]
+//!   does it
 //! * [`shown`] attributes, [`tree`] a tree, as text that can be compared
 //! * [`kept`] a fresh mount under the real keeper, [`case`] one case on it, [`plan`] its name
 //! * [`group`] all cases of one workload; [`minimise`] a failed one
@@ -27,6 +28,8 @@ mod minimise;
 mod op;
 #[cfg(feature = "crash-points")]
 mod plan;
+#[cfg(feature = "crash-points")]
+mod programs;
 #[cfg(feature = "crash-points")]
 mod run;
 #[cfg(feature = "crash-points")]

@@ -61,6 +61,8 @@ pub enum Op {
     HoldCwd(u8, Path),
     AskCwd(u8),
     LetCwd(u8),
+    /// A shell script; tells its status and what it said.
+    Run(&'static str),
 }
 
 /// All that the processes of a case do; each has a directory of its own.

@@ -13,6 +13,7 @@ use super::group::{self, Judged, Running};
 use super::kept::Setup;
 use super::kmsg;
 use super::plan::{Case, Group};
+use super::programs;
 use super::tally::{Failure, Tally, Verdict};
 use super::{Args, Switch};
 use crate::raw::env::Env;
@@ -79,6 +80,12 @@ fn groups(args: &Args) -> Result<Vec<Group>> {
             if !args.only.is_empty() && !args.only.iter().any(|name| name == focus) {
                 continue;
             }
+            if let Some(program) = programs::needed(focus).filter(|p| !programs::is_there(p)) {
+                if round == args.from {
+                    println!("{focus} is left out: there is no {program} here");
+                }
+                continue;
+            }
             groups.extend(dims.iter().map(|dim| Group {
                 dim: *dim,
                 focus: (*focus).into(),
@@ -139,7 +146,7 @@ impl<'a> Matrix<'a> {
     fn one(&mut self, case: &Case) -> Result<ExitCode> {
         let running = Running::begin(self.setup, &case.group, self.seed)?;
         if case.kills.is_empty() {
-            println!("without a crash:\n{}", running.reached());
+            println!("without a crash:\n{}", running.told());
             return Ok(ExitCode::SUCCESS);
         }
         let mut judged = running.judge(case);
