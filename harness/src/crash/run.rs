@@ -17,6 +17,7 @@ use super::programs;
 use super::tally::{Failure, Tally, Verdict};
 use super::{Args, Switch};
 use crate::raw::env::Env;
+use crate::raw::wait::Rng;
 use crate::scenario::runner::{self, interrupted};
 
 /// How often the shortest workload is asked for.
@@ -30,7 +31,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         print!("seed {seed}\n{}", group::workload(&case.group, seed)?);
         return Ok(ExitCode::SUCCESS);
     }
-    let groups = groups(args)?;
+    let groups = groups(args, seed)?;
     let mode = Mode {
         journal: args.journal == Switch::On,
         sign: !args.resend_only,
@@ -55,8 +56,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     })
 }
 
-/// In the order in which everything comes up early.
-fn groups(args: &Args) -> Result<Vec<Group>> {
+/// Each round in an order of its own, so that a run that is ended early has something of everything.
+fn groups(args: &Args, seed: u64) -> Result<Vec<Group>> {
     let known = group::names();
     for name in &args.only {
         if !known.contains(&name.as_str()) {
@@ -76,6 +77,7 @@ fn groups(args: &Args) -> Result<Vec<Group>> {
     };
     let mut groups = Vec::new();
     for round in args.from..args.from + args.rounds {
+        let first = groups.len();
         for focus in &known {
             if !args.only.is_empty() && !args.only.iter().any(|name| name == focus) {
                 continue;
@@ -92,6 +94,7 @@ fn groups(args: &Args) -> Result<Vec<Group>> {
                 round,
             }));
         }
+        Rng(seed.wrapping_add(round)).shuffle(&mut groups[first..]);
     }
     Ok(groups)
 }
