@@ -159,13 +159,13 @@ fn last_line(path: &Path) -> String {
 fn wait_for_deaths(kept: &mut Kept, kills: &[Kill]) -> Result<u64> {
     let wanted = kills.len() as u64;
     kept.wait_until("the server has died and is idle", |kept| {
+        // Idle or not, if it has: the next that looks at the mount waits for the recovery.
+        if wanted > 0 && kept.killed(kills) >= wanted {
+            return Ok(true);
+        }
         // In this order: idle, and not dead yet, is idle for good.
         let idle = kept.idle()?;
         let died = kept.killed(kills);
-        if died >= wanted {
-            // Idle or not: the next that looks at the mount waits for the recovery.
-            return Ok(idle || wanted > 0);
-        }
         Ok(idle && kept.status()?.keeper.restarts == died && kept.killed(kills) == died)
     })?;
     let died = kept.killed(kills);

@@ -112,7 +112,7 @@ pub struct Args {
     /// Do not look for the shortest workload that shows a difference
     #[arg(long)]
     no_shortest: bool,
-    /// Seconds that something may take which should take no time [default: 20; with --resend-only 3]
+    /// Seconds that something may take which should take no time [default: 120; with --resend-only 10]
     #[arg(long, value_name = "SECONDS")]
     patience: Option<u64>,
 }

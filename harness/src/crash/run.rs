@@ -36,7 +36,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         journal: args.journal == Switch::On,
         sign: !args.resend_only,
     };
-    let patience = args.patience.unwrap_or(if mode.sign { 20 } else { 3 });
+    let patience = args.patience.unwrap_or(if mode.sign { 120 } else { 10 });
     runner::with_env(Duration::from_secs(patience), seed, |env| {
         ensure!(
             env.support.series || !mode.sign,

@@ -2,7 +2,7 @@
 //! A bounded share of the crash matrix, in the guest that boots fastest. The long run is in
 //! Documentation/crash-matrix.md.
 
-use super::{build_with_crash_points, test::Tally};
+use super::{build_with_crash_points, test::Tally, with_crash_points};
 use crate::guest::OUT_FILE;
 use crate::paths::Paths;
 use crate::vm::{self, BackendName, KernelName};
@@ -30,6 +30,17 @@ struct Cell {
     differ: u64,
     broken: u64,
     unreached: u64,
+}
+
+/// What the other lints and tests leave out, for it is only built with crash points.
+pub fn host(paths: &Paths, tally: &mut Tally) {
+    tally.check("cargo clippy, with crash points", || {
+        let lints = ["--all-targets", "--", "-D", "warnings"];
+        with_crash_points(paths, "clippy", &lints)
+    });
+    tally.check("cargo test, with crash points", || {
+        with_crash_points(paths, "test", &["--quiet", "--bins", "crash"])
+    });
 }
 
 pub fn run(paths: &Paths, tally: &mut Tally) {

@@ -31,8 +31,25 @@ pub fn build_program(paths: &Paths, release: bool) -> Result<PathBuf> {
 /// The same with points at which a server can be made to die; elsewhere, so that the other one stays what it is.
 pub fn build_with_crash_points(paths: &Paths) -> Result<PathBuf> {
     ui::step("building fuse-restart with crash points (a minute or two the first time)");
-    let target = target(paths).join("crash");
+    let target = crash_target(paths);
     build(paths, &target, "debug", ["--features", "crash-points"])
+}
+
+/// `cargo COMMAND` for `fuse-restart` with crash points.
+pub fn with_crash_points(paths: &Paths, command: &str, options: &[&str]) -> Result<()> {
+    let mut c = Command::new("cargo");
+    c.args([command, "--locked", "-p", "fuse-restart"])
+        .args(["--features", "crash-points", "--target-dir"])
+        .arg(crash_target(paths))
+        .args(options)
+        .current_dir(&paths.repo);
+    let status = c.status().context("cannot run cargo")?;
+    ensure!(status.success(), "cargo {command} ended with {status}");
+    Ok(())
+}
+
+fn crash_target(paths: &Paths) -> PathBuf {
+    target(paths).join("crash")
 }
 
 fn target(paths: &Paths) -> PathBuf {

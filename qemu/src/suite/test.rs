@@ -95,6 +95,7 @@ pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
         )
     });
     cargo_tests(paths, &mut tally);
+    crash::host(paths, &mut tally);
     if args.host {
         return Ok(tally.finish());
     }
