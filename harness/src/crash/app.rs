@@ -22,6 +22,9 @@ use nix::unistd::{self, Gid, Uid, UnlinkatFlags};
 use super::op::{pattern, sum, Op, Proc};
 use super::shown::{entries, xattr, xattr_names, Shown};
 
+/// Status of a process that has done nothing, which is nothing to compare.
+pub const CANNOT_BEGIN: i32 = 77;
+
 /// Does everything that `proc` does below `dir`, a line for each into `log`. Runs in a process of its own.
 pub fn run(proc: &Proc, dir: &Path, log: File, blocks: bool) -> i32 {
     crate::raw::app::faults_kill();
@@ -29,7 +32,7 @@ pub fn run(proc: &Proc, dir: &Path, log: File, blocks: bool) -> i32 {
         Ok(()) => {}
         Err(e) => {
             let _ = writeln!(&log, "cannot begin: {e:?}");
-            return 1;
+            return CANNOT_BEGIN;
         }
     }
     let mut app = App {

@@ -108,6 +108,12 @@ fn applications(
                 last_line(&kept.file(&format!("log{id}")))
             )
         })?;
+        if ended == WaitStatus::Exited(child.pid, app::CANNOT_BEGIN) {
+            bail!(
+                "process {id}: {}",
+                last_line(&kept.file(&format!("log{id}")))
+            );
+        }
         let mut lines = lines_of(&kept.file(&format!("log{id}")));
         if ended != WaitStatus::Exited(child.pid, 0) {
             lines.push(format!("ended with {}", how(ended)));

@@ -52,7 +52,7 @@ pub const FOCUSES: &[Focus] = &[
     focus("readdirplus", "readdirplus", &[steps::stream]),
     focus("releasedir", "releasedir", &[steps::stream]),
     focus("lookup", "lookup", &[steps::lookup]),
-    focus("forget", "forget", &[steps::unlink, steps::rmdir]),
+    focus("forget", "forget", &[steps::rmdir]),
     focus("getattr", "getattr", &[steps::getattr]),
     focus("getxattr", "getxattr", &[steps::get_xattr]),
     focus("listxattr", "listxattr", &[steps::get_xattr]),

@@ -60,6 +60,7 @@ impl<'a> Kept<'a> {
     ) -> Result<Kept<'a>> {
         let dir = nix::unistd::mkdtemp(&setup.scratch.join("case.XXXXXX"))
             .context("no directory for a case")?;
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755))?;
         for name in ["mnt", "back"] {
             fs::create_dir(dir.join(name))?;
         }

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The whole matrix: which groups, in which order, until when, and what is told of it.
 
-use std::path::Path;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
-use nix::mount::{mount, MsFlags};
+use nix::mount::{mount, umount2, MntFlags, MsFlags};
 
 use super::dim::{Dim, Mode, DIMS};
 use super::group::{self, Judged, Running};
@@ -42,11 +44,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             env.support.series || !mode.sign,
             "this kernel does not offer FUSE_RESTARTABLE: boot one with the series (scripts/vm), or say --resend-only"
         );
+        let scratch = Scratch::new(env)?;
         let setup = Setup {
             binary: std::fs::read_link("/proc/self/exe").context("which program is this")?,
             mode,
             patience: env.patience,
-            scratch: &scratch(env)?,
+            scratch: &scratch.0,
         };
         let mut matrix = Matrix::new(args, &setup, seed)?;
         match &case {
@@ -100,14 +103,26 @@ fn groups(args: &Args, seed: u64) -> Result<Vec<Group>> {
 }
 
 /// A tmpfs of our own, in our own namespace: it has file handles, and nothing of it is left.
-fn scratch(env: &Env<'_>) -> Result<std::path::PathBuf> {
-    let dir = env.scratch.join("crash");
-    std::fs::create_dir(&dir)?;
-    // Access times that only somebody who sets them changes.
-    let flags = MsFlags::MS_NOATIME;
-    mount(Some("crash"), &dir, Some("tmpfs"), flags, Some("mode=755"))
-        .with_context(|| format!("cannot mount a tmpfs on {}", dir.display()))?;
-    Ok(dir)
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(env: &Env<'_>) -> Result<Scratch> {
+        let dir = env.scratch.join("crash");
+        std::fs::create_dir(&dir)?;
+        // Not everybody in a workload is root.
+        std::fs::set_permissions(env.scratch, Permissions::from_mode(0o755))?;
+        // Access times that only somebody who sets them changes.
+        let flags = MsFlags::MS_NOATIME;
+        mount(Some("crash"), &dir, Some("tmpfs"), flags, Some("mode=755"))
+            .with_context(|| format!("cannot mount a tmpfs on {}", dir.display()))?;
+        Ok(Scratch(dir))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
 }
 
 struct Matrix<'a> {
@@ -221,19 +236,17 @@ impl<'a> Matrix<'a> {
             Ok(running) => running,
             Err(_) if interrupted() => return Ok(false),
             Err(e) => {
-                let reason = format!("{e:#}");
-                println!("{reason}");
-                self.tally.add_oracle(group);
-                self.tally.failures.push(Failure {
-                    case: format!("{group}/"),
-                    verdict: Verdict::Broken,
-                    reason,
-                    shortest: None,
-                });
+                self.not_an_oracle(group, format!("{e:#}"));
                 return Ok(true);
             }
         };
         let mut cases = running.cases();
+        if cases.is_empty() {
+            self.not_an_oracle(
+                group,
+                "its workload comes to no point that is to be tried".into(),
+            );
+        }
         while let Some(case) = cases.pop() {
             let mut judged = running.judge(&case);
             if interrupted() {
@@ -250,6 +263,18 @@ impl<'a> Matrix<'a> {
             cases.extend(running.then(&judged));
         }
         Ok(true)
+    }
+
+    /// A workload that tests nothing is a failure.
+    fn not_an_oracle(&mut self, group: &Group, reason: String) {
+        println!("{group}/: {reason}");
+        self.tally.add_oracle(group);
+        self.tally.failures.push(Failure {
+            case: format!("{group}/"),
+            verdict: Verdict::Broken,
+            reason,
+            shortest: None,
+        });
     }
 
     fn complaints(&mut self, judged: &mut Judged) {
