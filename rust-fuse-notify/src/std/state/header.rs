@@ -5,6 +5,7 @@
 //! 0        header: magic, version, checksum, identity, capacities (fixed); counters (change)
 //! 0x1000   the INIT reply
 //! 0x2000   the INIT request, read straight into here
+//! 0xa000   the requests in flight
 //! 0x12000  journal | handle table | node table | the server's arena, each from a page boundary
 //! ```
 //!
@@ -41,8 +42,8 @@ pub(super) const DISCARDING: u64 = u64::from_ne_bytes(*b"FUSEdsc\x01");
 pub(super) const VERSION: u32 = 1;
 /// Layouts that are read.
 const READABLE: std::ops::RangeInclusive<u32> = 1..=1;
-/// The revision of the layout, see the first rule. 1: [`DISCARDED_BELOW_AT`]. 2: the arena; a state that has one is for
-/// servers that need it, and is refused by revision 1 for its size.
+/// The revision of the layout, see the first rule. 1: [`DISCARDED_BELOW_AT`]. 2: [`FLIGHTS_AT`], and the arena; a state
+/// that has one is for servers that need it, and is refused by revision 1 for its size.
 const REVISION: u32 = 2;
 
 /// Offset of the magic: stored last, so a state that has it is complete.
@@ -64,6 +65,10 @@ pub(super) const ANSWERED_AT: usize = 168;
 /// Offset of the id below which nothing is known of requests that a dead server had read; 0: no state was discarded.
 /// Since revision 1.
 pub(super) const DISCARDED_BELOW_AT: usize = 176;
+/// Offset of the number of requests that were refused because servers died of them. Since revision 2.
+pub(super) const REFUSED_AT: usize = 184;
+/// Offset of the mark that the server keeps [`super::Flights`]. Since revision 2.
+pub(super) const WATCHED_AT: usize = 192;
 /// Bytes of the header, all of which are zero in an empty state.
 pub(super) const HEADER_LEN: usize = 4096;
 
@@ -73,8 +78,11 @@ pub(super) const REPLY_AT: usize = 0x1000;
 pub(super) const REPLY_MAX: usize = 0x1000;
 /// Offset of the INIT request.
 pub(super) const REQUEST_AT: usize = 0x2000;
-/// Room for the INIT request; a read of the device wants at least 8 KiB, more than the message has.
-pub(super) const REQUEST_MAX: usize = 0x10000;
+/// Room for the INIT request; a read of the device wants at least 8 KiB, more than the message has. Up to revision 1
+/// twice as much, of which the second half stayed zero.
+pub(super) const REQUEST_MAX: usize = 0x8000;
+/// Offset of the requests in flight. Since revision 2.
+pub(super) const FLIGHTS_AT: usize = 0xa000;
 pub(super) const TABLES_AT: usize = 0x12000;
 
 const PAGE: usize = 4096;

@@ -61,7 +61,7 @@ thread_local! {
 struct Owner(AtomicU8);
 
 /// Which slot a thread tries first.
-fn worker() -> u32 {
+pub(super) fn worker() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     if WORKER.get() == 0 {
         WORKER.set(NEXT.fetch_add(1, Ordering::Relaxed).max(1));

@@ -14,20 +14,26 @@
 //! * [`HandleTable`]: `fh` to file and open flags.
 //! * [`Journal`]: what must not be executed twice.
 //! * [`Arena`]: memory of the server's own.
+//! * [`Flights`]: what the server has in its hands, against requests that kill it and for keepers that watch it.
 //! * the handshake, which [`super::adopt`] plays again to every new instance.
 
 mod arena;
 mod discard;
 mod error;
+mod flights;
+#[cfg(test)]
+mod flights_tests;
 mod handles;
 mod header;
 mod init;
 mod journal;
 mod journal_error;
 mod nodes;
+mod opcodes;
 mod record;
 mod region;
 mod slots;
+mod trial;
 
 #[cfg(test)]
 mod compat_tests;
@@ -53,6 +59,7 @@ use nix::sys::memfd::{memfd_create, MFdFlags};
 
 pub use arena::Arena;
 pub use error::StateError;
+pub use flights::{blame, pulse, Flight, Flights, InFlight, Pulse, DEFAULT_MAX_TRIES};
 pub use handles::{Handle, HandleKind, HandleTable, NewHandle};
 pub use journal::{Journal, Slot};
 pub use journal_error::JournalError;
@@ -133,6 +140,7 @@ pub struct State {
     journal: Journal,
     arena: Arena,
     init: InitStore,
+    flights: Flights,
     region: Arc<Region>,
 }
 
@@ -236,6 +244,7 @@ impl State {
             journal: Journal::open(region.clone(), layout.journal, layout.config.journal)?,
             arena: Arena::new(region.clone(), layout.arena, layout.len - layout.arena),
             init: InitStore::new(region.clone()),
+            flights: Flights::open(region.clone()),
             region,
         })
     }
@@ -270,6 +279,11 @@ impl State {
         &self.arena
     }
 
+    /// The requests that are being worked on, and those that an earlier instance may have died of.
+    pub fn flights(&self) -> &Flights {
+        &self.flights
+    }
+
     pub(crate) fn init(&self) -> &InitStore {
         &self.init
     }
@@ -284,6 +298,7 @@ impl State {
             outcomes_dropped: self.journal.drop_below(report.lowest_owed),
             ..Settled::default()
         };
+        self.flights.drop_below(report.lowest_owed);
         // Every node is looked at below, those of dropped outcomes too.
         self.journal.take_orphans();
         let owed = self.journal.nodes_named();
