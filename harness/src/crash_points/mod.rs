@@ -38,8 +38,18 @@
 //! For use by hand: `FUSE_RESTART_CRASH_ARM=mkdir:mkdirat:3` arms in the file at the start of an instance, if this
 //! point has not killed before. Without the feature none of this is compiled in.
 
+//!
+//! # Poison
+//!
+//! With `FUSE_RESTART_POISON=DIR` the server dies whenever it is asked for a name that begins with `poison-crash`, and
+//! one that begins with `poison-hang` is never answered. If `DIR/hang-replay` exists, a replay removes it and is never
+//! answered. See [`poison`].
+
+mod poison;
 #[cfg(feature = "crash-points")]
 mod table;
+
+pub use poison::{poison, poison_replay};
 
 #[cfg(feature = "crash-points")]
 #[allow(unused_imports)] // For the crash matrix.

@@ -52,6 +52,11 @@ impl Backoff {
         Decision::StartAfter(Duration::ZERO)
     }
 
+    /// The instance got something out of the way that would have killed the next one too.
+    pub fn progress(&mut self) {
+        self.in_a_row = 0;
+    }
+
     fn pause(&self) -> Duration {
         match self.in_a_row {
             0 | 1 => self.delay,

@@ -41,6 +41,15 @@ pub enum Event {
         connected: bool,
         recovery: Option<Recovery>,
     },
+    /// It lives and answers nothing (`--hang-timeout`): it is killed. `what`: for people.
+    Hung {
+        pid: i32,
+        what: String,
+    },
+    /// The server died of these so often that they got EIO (`--max-tries`); the number since the mount.
+    RequestsRefused {
+        total: u64,
+    },
     /// All that the dead instance left behind is gone.
     Cleared {
         pid: i32,

@@ -7,6 +7,7 @@
 //! * [`mount`]: the mount and its checks; [`busy`]: who keeps it from being unmounted;
 //! * [`spawn`]: one instance with its descriptors; [`remains`]: what it may leave behind;
 //! * [`tell`]: the notification; [`backoff`]: when to start the next one, and when to stop trying;
+//! * [`watchdog`]: a server that lives and does nothing;
 //! * [`events`], [`status_file`]: what others can see of it.
 
 pub mod backoff;
@@ -19,6 +20,7 @@ pub mod status_file;
 mod supervisor;
 mod tell;
 mod unmounter;
+mod watchdog;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -60,6 +62,20 @@ pub struct Args {
     #[arg(long, value_name = "MS", default_value_t = 1000)]
     pub stable_after: u64,
 
+    /// Kill and restart a server that has requests in its hands and answers none for this long; 0: never
+    ///
+    /// Off by default: only who knows the server knows how long a request may take. What waits for an application
+    /// (a blocking lock, poll) does not count, if the server marks its requests (`Watched` of rust-fuse-notify). The
+    /// stacks of the server are logged first.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0, value_parser = seconds)]
+    pub hang_timeout: f64,
+
+    /// A request that the server has died of this often, running alone, gets EIO; 0: never
+    ///
+    /// Requests that a dead server had in its hands are run one at a time by the next one, if it marks its requests.
+    #[arg(long, value_name = "N", default_value_t = rust_fuse_notify::std::state::DEFAULT_MAX_TRIES)]
+    pub max_tries: u32,
+
     /// Append what happens to FILE, one JSON object a line
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -77,7 +93,20 @@ pub struct Args {
     pub server: Vec<OsString>,
 }
 
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value == 0.0 || (0.1..=1e6).contains(&value) => Ok(value),
+        _ => Err("0, or a number of seconds between 0.1 and 1000000".into()),
+    }
+}
+
 impl Args {
+    fn watchdog(&self) -> Option<watchdog::Watchdog> {
+        let limit = Duration::from_secs_f64(self.hang_timeout);
+        let watchdog = || watchdog::Watchdog::new(limit, std::time::Instant::now());
+        (!limit.is_zero()).then(watchdog)
+    }
+
     fn backoff(&self) -> backoff::Backoff {
         backoff::Backoff::new(
             Duration::from_millis(self.restart_delay),

@@ -32,6 +32,8 @@ pub struct Instance {
 /// The command line of the server, ready for execvp(3).
 pub struct Program {
     argv: Vec<CString>,
+    /// Added to our own environment.
+    variables: Vec<(&'static str, String)>,
 }
 
 impl Program {
@@ -46,7 +48,15 @@ impl Program {
         if argv.is_empty() {
             anyhow::bail!("no server given; name it after `--`");
         }
-        Ok(Self { argv })
+        Ok(Self {
+            argv,
+            variables: Vec::new(),
+        })
+    }
+
+    pub fn with_variable(mut self, name: &'static str, value: String) -> Self {
+        self.variables.push((name, value));
+        self
     }
 
     pub fn name(&self) -> String {
@@ -76,7 +86,7 @@ impl Program {
         cgroup: Option<BorrowedFd>,
     ) -> Result<Option<Instance>> {
         let argv = null_terminated(&self.argv);
-        let (environment, pid_digits) = environment();
+        let (environment, pid_digits) = environment(&self.variables);
         let envp = null_terminated(&environment);
         // Says how far the child came: READY, then the errno if exec failed; closed by a successful exec.
         let (said, say) = pipe2(OFlag::O_CLOEXEC).context("pipe for starting the server")?;
@@ -175,14 +185,19 @@ fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
 }
 
 /// Our environment without what a keeper above us handed *us*, plus the protocol; and where the pid's digits go.
-fn environment() -> (Vec<CString>, *mut u8) {
-    let ours = |name: &OsStr| name.as_bytes().starts_with(b"LISTEN_");
+fn environment(added: &[(&'static str, String)]) -> (Vec<CString>, *mut u8) {
+    let ours = |name: &OsStr| {
+        name.as_bytes().starts_with(b"LISTEN_") || added.iter().any(|(key, _)| name == *key)
+    };
     let mut vars: Vec<CString> = std::env::vars_os()
         .filter(|(name, _)| !ours(name))
         .filter_map(|(name, value)| {
             CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok()
         })
         .collect();
+    for (name, value) in added {
+        vars.extend(CString::new(format!("{name}={value}")).ok());
+    }
     vars.push(CString::new("LISTEN_FDS=2").expect("no NUL"));
     vars.push(CString::new(FD_NAMES).expect("no NUL"));
     let pid = CString::new(format!("{PID_KEY}{}", "0".repeat(PID_DIGITS))).expect("no NUL");

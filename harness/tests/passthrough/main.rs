@@ -4,9 +4,9 @@
 //! [`ops`]: every operation does through the mount what it does on the backing. [`identity`]: who
 //! owns what is made, what is refused. [`crash`]: the server is killed, nobody notices.
 //! [`survives`]: what else lives on. `points`: it is killed at chosen moments (cargo feature
-//! `crash-points`). [`refusals`]: what it says when it cannot serve. [`discarded`]: it goes on
-//! without a state. [`mem`]: `fuse-restart serve mem`, the same way. [`older`]: a kernel without the series.
-//! [`examples`]: those of the crate.
+//! `crash-points`); `poison`: requests that kill it each time, or are never answered. [`refusals`]: what it says when it
+//! cannot serve. [`discarded`]: it goes on without a state. [`mem`]: `fuse-restart serve mem`, the same way. [`older`]: a
+//! kernel without the series. [`examples`]: those of the crate.
 
 mod calls;
 mod crash;
@@ -21,6 +21,8 @@ mod ops_data;
 mod ops_names;
 #[cfg(feature = "crash-points")]
 mod points;
+#[cfg(feature = "crash-points")]
+mod poison;
 mod refusals;
 mod served;
 mod snapshot;

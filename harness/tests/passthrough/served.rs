@@ -157,11 +157,22 @@ impl Served {
         variables: &[(&str, &str)],
         options: &[&str],
     ) -> Served {
+        Served::kept(scratch, &[], variables, options)
+    }
+
+    /// The same with options for the keeper.
+    #[cfg(feature = "crash-points")]
+    pub fn kept(
+        scratch: Scratch,
+        keeper: &[&str],
+        variables: &[(&str, &str)],
+        options: &[&str],
+    ) -> Served {
         let assignments: Vec<String> = variables.iter().map(|(n, v)| format!("{n}={v}")).collect();
         let wrapper: Vec<&str> = std::iter::once("env")
             .chain(assignments.iter().map(String::as_str))
             .collect();
-        Served::with(scratch, &wrapper, options)
+        Served::start_kept(scratch, keeper, &wrapper, options)
     }
 
     /// A server that is no passthrough server; `None`: it cannot run here, and that was said.
@@ -173,17 +184,25 @@ impl Served {
         let unused = Scratch {
             dir: tempfile::tempdir().unwrap(),
         };
-        Some(Served::keep(unused, server.iter().copied()))
+        Some(Served::keep(unused, &[], server.iter().copied()))
     }
 
     fn with(scratch: Scratch, wrapper: &[&str], options: &[&str]) -> Served {
+        Served::start_kept(scratch, &[], wrapper, options)
+    }
+
+    fn start_kept(scratch: Scratch, keeper: &[&str], wrapper: &[&str], options: &[&str]) -> Served {
         let backing = scratch.path();
         let words = wrapper.iter().chain(&[BINARY, "serve", "passthrough"]);
         let words = words.chain(options).map(OsStr::new);
-        Served::keep(scratch, words.chain([backing.as_os_str()]))
+        Served::keep(scratch, keeper, words.chain([backing.as_os_str()]))
     }
 
-    fn keep<'a>(scratch: Scratch, server: impl Iterator<Item = &'a OsStr>) -> Served {
+    fn keep<'a>(
+        scratch: Scratch,
+        keeper: &[&str],
+        server: impl Iterator<Item = &'a OsStr>,
+    ) -> Served {
         let dir = tempfile::tempdir().unwrap();
         let mnt = dir.path().join("mnt");
         fs::create_dir(&mnt).unwrap();
@@ -195,6 +214,7 @@ impl Served {
             .arg(&mnt)
             .arg("--json")
             .arg(dir.path().join("events"))
+            .args(keeper)
             .arg("--")
             .args(server)
             .stdin(Stdio::null())

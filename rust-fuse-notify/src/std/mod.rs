@@ -9,6 +9,7 @@
 //! * [`state`]: tables in the memfd that survive: nodes, open files, a journal of changes, memory of the server's own.
 //! * [`adopt`]: taking the connection over, the first time and every later one. [`adopt::Recover`] is the part that
 //!   only the author of the server can know.
+//! * `watched` (feature `fuser`): a file system of which a poisonous request cannot take the mount.
 //! * [`notify`], [`message`], [`wire`]: the protocol below that, for keepers and for servers with a loop of their own.
 //!
 //! Is my server restartable, and what does it take? `Documentation/server-authors.md` has the questions;
@@ -95,4 +96,6 @@ pub mod listen;
 pub mod message;
 pub mod notify;
 pub mod state;
+#[cfg(feature = "fuser")]
+pub mod watched;
 pub mod wire;

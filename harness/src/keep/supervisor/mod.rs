@@ -5,6 +5,7 @@
 //! and never asks the mounted file system anything: that could wait for the server which only this loop can start.
 
 mod ending;
+mod hang;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 use rust_fuse_notify::std::state::State;
+use rust_fuse_notify::std::watched::MAX_TRIES_VARIABLE;
 use tracing::{info, warn};
 
 use super::backoff::{Backoff, Decision};
@@ -29,6 +31,7 @@ use super::spawn::{Instance, Program};
 use super::status_file::{Status, StatusFile};
 use super::tell::{self, Told};
 use super::unmounter::Unmounter;
+use super::watchdog::Watchdog;
 use super::Args;
 use crate::fusectl;
 
@@ -85,6 +88,9 @@ pub struct Supervisor {
     mounted: bool,
     remains: Remains,
     backoff: Backoff,
+    watchdog: Option<Watchdog>,
+    /// Requests that were refused, when the last instance died.
+    refused: u64,
     phase: Phase,
     signals: SignalFd,
     unmounter: Unmounter,
@@ -103,7 +109,8 @@ pub struct Supervisor {
 impl Supervisor {
     /// Everything that can be wrong with the command line or the machine shows here, before or with the first start.
     pub fn set_up(args: &Args) -> Result<Self> {
-        let program = Program::new(&args.server)?;
+        let program = Program::new(&args.server)?
+            .with_variable(MAX_TRIES_VARIABLE, args.max_tries.to_string());
         let mountpoint = mount::check_mountpoint(&args.mountpoint)?;
         let log = EventLog::open(args.json.as_deref())?;
         let signals = block_signals()?;
@@ -149,6 +156,8 @@ impl Supervisor {
             mounted: true,
             remains: Remains::new(),
             backoff: args.backoff(),
+            watchdog: args.watchdog(),
+            refused: 0,
             phase: Phase::Waiting(None),
             signals,
             stop_requests: 0,
@@ -228,7 +237,10 @@ impl Supervisor {
 
     fn next_deadline(&self) -> Option<Instant> {
         match &self.phase {
-            Phase::Running(_) => self.kill_at,
+            Phase::Running(_) => [self.kill_at, self.watchdog.as_ref().map(|w| w.next)]
+                .into_iter()
+                .flatten()
+                .min(),
             Phase::Clearing { .. } => Some(Instant::now() + KILL_AGAIN),
             Phase::Waiting(due) => *due,
         }
@@ -272,6 +284,7 @@ impl Supervisor {
 
     fn on_time(&mut self) -> Result<Option<End>> {
         let now = Instant::now();
+        self.look_for_hang(now);
         if let Phase::Running(instance) = &self.phase {
             if readable(&instance.pidfd) {
                 self.on_death()?;
@@ -367,6 +380,7 @@ impl Supervisor {
             return Ok(Some(End::Clean));
         }
         let ended = describe(dead.status);
+        self.count_refused();
         let decision = if self.planned {
             self.backoff.planned()
         } else {
@@ -441,6 +455,9 @@ impl Supervisor {
         self.phase = Phase::Running(instance);
         self.planned = false;
         self.kill_at = None;
+        if let Some(watchdog) = &mut self.watchdog {
+            watchdog.restart(Instant::now());
+        }
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use rust_fuse_notify::std::wire::FUSE_RESTARTABLE;
 use zerocopy::IntoBytes;
 
-use crate::crash_points::begin;
+use crate::crash_points::{begin, poison};
 
 use super::answer::{answered, empty, empty_kept};
 use super::attr::Change;
@@ -84,6 +84,7 @@ impl fuser::Filesystem for Passthrough {
 
     fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let _request = begin("lookup");
+        poison(name);
         let entry = self.0.lookup(parent.0, name);
         self.entry(req, reply, entry.map(|e| (e, None)));
     }

@@ -42,6 +42,7 @@ use anyhow::{bail, Context};
 use fuser::{Session, SessionACL};
 use rust_fuse_notify::std::adopt::{Adopt, How};
 use rust_fuse_notify::std::listen;
+use rust_fuse_notify::std::watched::Watched;
 use rust_fuse_notify::std::wire::Identity;
 
 use crate::crash_points;
@@ -172,7 +173,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     config.acl = SessionACL::All;
     config.n_threads = Some(usize::from(args.threads));
     config.clone_fd = args.clone_fd;
-    let filesystem = fs::Passthrough(server.clone());
+    let filesystem = Watched::new(fs::Passthrough(server.clone()), state.clone());
     let recovery = crash_points::begin(if first { "adopt" } else { "recover" });
     let adopted = Adopt::new(inherited.device, state)
         .run(&mut Recovery::new(server.clone()), |fd| {

@@ -44,6 +44,7 @@ impl Recover for Recovery {
 
     fn replay(&mut self, state: &State, replay: &Replay) -> Result<Attr, i32> {
         reach("replay");
+        crate::crash_points::poison_replay();
         let attr = self
             .server
             .confirmed(replay.nodeid, replay.generation)
