@@ -41,11 +41,11 @@ use std::time::Duration;
 use anyhow::{bail, Context};
 use fuser::{Session, SessionACL};
 use rust_fuse_notify::std::adopt::{Adopt, How};
-use rust_fuse_notify::std::listen;
 use rust_fuse_notify::std::watched::Watched;
 use rust_fuse_notify::std::wire::Identity;
 
 use crate::crash_points;
+use crate::serve::store;
 use backing::Backing;
 use graveyard::Graveyard;
 use recover::Recovery;
@@ -92,6 +92,17 @@ pub struct Args {
     #[cfg(feature = "crash-points")]
     #[arg(long, hide = true)]
     unsigned: bool,
+    /// Without a keeper: mount on DIR, and keep the mount in the descriptor store of systemd
+    ///
+    /// For units with NotifyAccess=main and FileDescriptorStoreMax=; Documentation/systemd.md has one.
+    #[arg(long, value_name = "DIR")]
+    mountpoint: Option<PathBuf>,
+    /// Only check that this binary can serve the directory, and exit
+    ///
+    /// Touches no descriptor of a mount, so it can run beside the server that it is to replace. For upgrades: replace
+    /// a server only by one that passes.
+    #[arg(long)]
+    self_test: bool,
     /// The directory to serve
     backing: PathBuf,
 }
@@ -127,10 +138,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if std::fs::metadata("/proc/self/fd").is_err() {
         bail!("/proc is not mounted: the server reaches open files through /proc/self/fd");
     }
-    let inherited = listen::adopt_from_environment().context(
-        "this server takes /dev/fuse from a keeper; start it with \
-         `fuse-restart keep --mountpoint DIR -- fuse-restart serve passthrough BACKING`",
-    )?;
+    if args.self_test {
+        tracing::info!("{shown} can be served by this binary");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let inherited = store::inherit_or_mount(args.mountpoint.as_deref())?;
     let identity = Identity(backing.identity);
     let state = state::open(inherited.state, identity, args.discard_state)
         .with_context(|| format!("cannot use the state of the mount for {shown}"))?;
@@ -195,6 +207,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             "serving {shown} again; this kernel loses the requests that the last server had read"
         ),
     }
+    store::ready();
     adopted
         .session
         .run()
