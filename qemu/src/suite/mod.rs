@@ -7,6 +7,7 @@ pub mod fuzz;
 pub mod mutants;
 pub mod scenarios;
 pub mod smoke;
+pub mod systemd;
 pub mod table;
 pub mod test;
 

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Integration tests of `harness/tests` that want a guest: the machine's systemd (without a keeper), and servers that
+//! die of one request or hang (feature `crash-points`).
+
+use super::test::Tally;
+use crate::paths::Paths;
+use crate::ui;
+use crate::vm::{self, BackendName, KernelName};
+use anyhow::{ensure, Context, Result};
+use serde::Deserialize;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// What `cargo test --no-run --message-format=json` says of a test program.
+#[derive(Deserialize)]
+struct Message {
+    executable: Option<String>,
+    target: Option<Target>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+}
+
+pub fn run(paths: &Paths, tally: &mut Tally) {
+    tally.check("systemd, uml patched", || guest(paths, "systemd", &[], ""));
+    let features = ["--features", "crash-points"];
+    tally.check("poison and hangs, uml patched", || {
+        guest(paths, "passthrough", &features, "poison")
+    });
+}
+
+fn guest(paths: &Paths, name: &str, features: &[&str], filter: &str) -> Result<()> {
+    let program = build(paths, name, features)?;
+    let mut argv = vec![program, "--nocapture".into()];
+    argv.extend((!filter.is_empty()).then(|| filter.to_owned()));
+    let options = vm::Options {
+        backend: BackendName::Uml,
+        kernel: KernelName::Patched,
+        timeout: Duration::from_secs(300),
+        argv,
+        ..vm::Options::default()
+    };
+    let code = vm::run(paths, &options)?;
+    ensure!(code == 0, "the guest ended with status {code}");
+    Ok(())
+}
+
+/// Builds one test program of the harness.
+fn build(paths: &Paths, name: &str, features: &[&str]) -> Result<String> {
+    ui::step(format!("building the {name} tests"));
+    let out = Command::new("cargo")
+        .args([
+            "test",
+            "--locked",
+            "--quiet",
+            "-p",
+            "fuse-restart",
+            "--no-run",
+        ])
+        .args(["--message-format=json", "--test", name])
+        .args(features)
+        .current_dir(&paths.repo)
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    ensure!(out.status.success(), "cargo test ended with {}", out.status);
+    let text = String::from_utf8_lossy(&out.stdout);
+    executable(&text, name).with_context(|| format!("cargo built no test program {name}"))
+}
+
+fn executable(messages: &str, name: &str) -> Option<String> {
+    let messages = messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Message>(line).ok());
+    messages
+        .filter(|m| m.target.as_ref().is_some_and(|target| target.name == name))
+        .find_map(|m| m.executable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_is_found_by_name() {
+        let text = r#"{"reason":"compiler-artifact","target":{"name":"libc"},"executable":null}
+{"reason":"compiler-artifact","target":{"name":"fuse-restart"},"executable":"/t/fuse-restart"}
+{"reason":"compiler-artifact","target":{"name":"systemd"},"executable":"/t/deps/systemd-1"}
+{"reason":"build-finished","success":true}
+no json"#;
+        assert_eq!(executable(text, "systemd").unwrap(), "/t/deps/systemd-1");
+        assert_eq!(executable(text, "libc"), None);
+        assert_eq!(executable(text, "keep"), None);
+    }
+}
