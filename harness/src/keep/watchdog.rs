@@ -204,7 +204,7 @@ mod tests {
     fn one_answer_or_one_idle_moment_is_life() {
         assert_eq!(found((0..100).map(|n| busy(n / 7))), None);
         let idle_now_and_then = |n: u64| Look {
-            busy: n % 7 != 0,
+            busy: !n.is_multiple_of(7),
             ..busy(1)
         };
         assert_eq!(found((0..100).map(idle_now_and_then)), None);
