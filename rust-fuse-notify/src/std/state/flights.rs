@@ -2,8 +2,8 @@
 //! Which requests the server has in its hands: what a dead instance was about to do when it died, and how a keeper sees
 //! that a live one hangs.
 //!
-//! A slot of 64 bytes a worker, written before the work begins and cleared after the answer. Three plain stores and
-//! one that publishes; two when it ends. Nothing is locked on that way.
+//! A slot of 64 bytes a worker, written before the work begins and cleared after the answer: five stores, and three
+//! when it ends. Nothing is locked on that way.
 //!
 //! What is found in the slots when a state is opened are the *suspects*; [`super::trial`] runs them one at a time.
 //!
