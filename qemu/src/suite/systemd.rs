@@ -24,15 +24,16 @@ struct Target {
 }
 
 pub fn run(paths: &Paths, tally: &mut Tally) {
-    tally.check("systemd, uml patched", || guest(paths, "systemd", &[], ""));
-    let features = ["--features", "crash-points"];
+    tally.check("systemd, uml patched", || {
+        guest(paths, "systemd", false, "")
+    });
     tally.check("poison and hangs, uml patched", || {
-        guest(paths, "passthrough", &features, "poison")
+        guest(paths, "passthrough", true, "poison")
     });
 }
 
-fn guest(paths: &Paths, name: &str, features: &[&str], filter: &str) -> Result<()> {
-    let program = build(paths, name, features)?;
+fn guest(paths: &Paths, name: &str, crash_points: bool, filter: &str) -> Result<()> {
+    let program = build(paths, name, crash_points)?;
     let mut argv = vec![program, "--nocapture".into()];
     argv.extend((!filter.is_empty()).then(|| filter.to_owned()));
     let options = vm::Options {
@@ -47,10 +48,12 @@ fn guest(paths: &Paths, name: &str, features: &[&str], filter: &str) -> Result<(
     Ok(())
 }
 
-/// Builds one test program of the harness.
-fn build(paths: &Paths, name: &str, features: &[&str]) -> Result<String> {
+/// Builds one test program of the harness. Crash points go to a directory of their own, or the program under test would
+/// have them from then on.
+fn build(paths: &Paths, name: &str, crash_points: bool) -> Result<String> {
     ui::step(format!("building the {name} tests"));
-    let out = Command::new("cargo")
+    let mut cargo = Command::new("cargo");
+    cargo
         .args([
             "test",
             "--locked",
@@ -60,12 +63,14 @@ fn build(paths: &Paths, name: &str, features: &[&str]) -> Result<String> {
             "--no-run",
         ])
         .args(["--message-format=json", "--test", name])
-        .args(features)
         .current_dir(&paths.repo)
         .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
+        .stderr(Stdio::inherit());
+    if crash_points {
+        let options = ["--features", "crash-points", "--target-dir"];
+        cargo.args(options).arg(super::crash_target(paths));
+    }
+    let out = cargo.output().context("cannot run cargo")?;
     ensure!(out.status.success(), "cargo test ended with {}", out.status);
     let text = String::from_utf8_lossy(&out.stdout);
     executable(&text, name).with_context(|| format!("cargo built no test program {name}"))
