@@ -191,8 +191,11 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups unshare -U -r -m sh -c '
     "$2" keep --max-restarts 100 --stable-after 1 --json "$1/events" --mountpoint "$1/mnt" -- \
         "$2" serve mem --size 16 &
     keeper=$!
+    # Who fails must not leave it behind, with the output that the test waits for the end of.
+    trap "kill $keeper" EXIT
     n=0
-    until grep -q fuse.fuse-restart /proc/self/mountinfo; do
+    # Other tests have their mounts in this namespace, too.
+    until grep -q " $1/mnt .* - fuse.fuse-restart" /proc/self/mountinfo; do
         kill -0 $keeper
         sleep 0.05
     done
@@ -205,6 +208,7 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups unshare -U -r -m sh -c '
     done
     cat "$1"/mnt/dir*/link > "$1/result"
     stat -c %h "$1"/mnt/file* >> "$1/result"
+    trap - EXIT
     kill $keeper
     wait $keeper
 ' sh "$1" "$2"
