@@ -43,6 +43,13 @@ impl Trap {
 
     /// Lets it go on.
     pub fn go(self) {}
+
+    /// Lets it go on, and stops whoever comes to `next` first.
+    pub fn then(self, next: &'static str) -> Result<Trap> {
+        // To arm a trap lets everybody go; dropping this one later would let go who stops in the next.
+        std::mem::forget(self);
+        Trap::arm(next).inspect_err(|_| release())
+    }
 }
 
 impl Drop for Trap {

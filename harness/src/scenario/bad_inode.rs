@@ -9,6 +9,7 @@ use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, RenameFlags};
 
+use super::help::{expect_errno, open, still_serves};
 use super::{Needs, Scenario};
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
@@ -91,6 +92,19 @@ pub fn scenarios() -> Vec<Scenario> {
         "a page fault on a bad file is SIGBUS and is not sent",
         fault,
     ));
+    for next_server in [false, true] {
+        let who = ["looked-up-again", "next-server"][usize::from(next_server)];
+        all.push(Scenario::series(
+            format!("bad-inode/{who}"),
+            "what has the nodeid and the generation of a bad inode next is another inode",
+            move |env| again(env, next_server),
+        ));
+    }
+    all.push(Scenario::series(
+        "bad-inode/handle",
+        "a file handle does not lead to a bad inode",
+        handle,
+    ));
     all
 }
 
@@ -110,12 +124,16 @@ fn spoil(kit: &mut Kit<'_>, name: &str) -> Result<()> {
 }
 
 fn mounted<'a>(env: &'a Env<'a>) -> Result<Kit<'a>> {
+    mounted_with(env, init::POSIX_LOCKS | init::FLOCK_LOCKS)
+}
+
+fn mounted_with<'a>(env: &'a Env<'a>, flags: u64) -> Result<Kit<'a>> {
     let base = if env.support.series {
         Config::default()
     } else {
         Config::unsigned()
     };
-    let flags = base.flags | init::POSIX_LOCKS | init::FLOCK_LOCKS;
+    let flags = base.flags | flags;
     let mut kit = Kit::mount(env, Config { flags, ..base })?;
     kit.tree.file(ROOT, "bad", &[1; 1000]);
     kit.tree.file(ROOT, "good", &[2; 1000]);
@@ -128,9 +146,9 @@ fn mounted<'a>(env: &'a Env<'a>) -> Result<Kit<'a>> {
 
 fn bad(env: &Env<'_>, attempt: Try) -> Result<()> {
     let mut kit = mounted(env)?;
-    let bad = super::help::open(&mut kit, "bad", OFlag::O_RDWR)?;
-    let good = super::help::open(&mut kit, "good", OFlag::O_RDWR)?;
-    let dir = super::help::open(&mut kit, "dir", OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    let bad = open(&mut kit, "bad", OFlag::O_RDWR)?;
+    let good = open(&mut kit, "good", OFlag::O_RDWR)?;
+    let dir = open(&mut kit, "dir", OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
     spoil(&mut kit, "bad")?;
     spoil(&mut kit, "dir")?;
     kit.settle()?;
@@ -161,13 +179,66 @@ fn bad(env: &Env<'_>, attempt: Try) -> Result<()> {
     Ok(())
 }
 
+fn again(env: &Env<'_>, next_server: bool) -> Result<()> {
+    let mut kit = mounted(env)?;
+    let node = kit.tree.child(ROOT, "bad").context("bad")?;
+    let old = open(&mut kit, "bad", OFlag::O_RDWR)?;
+    let dir = open(&mut kit, "dir", OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    spoil(&mut kit, "bad")?;
+    spoil(&mut kit, "dir")?;
+    if next_server {
+        // It is not shown the bad inode, so the nodeid and the generation are free to it.
+        let shown = kit.recover()?.replays;
+        ensure!(!shown.iter().any(|r| r.nodeid == node), "{shown:?}");
+    }
+    kit.tree.node_mut(node).data = b"another file".to_vec();
+    let read = kit.run_on("read", "bad", ops::read_file)?;
+    ensure!(read == Ok(b"another file".to_vec()), "it reads {read:?}");
+    let made = kit.run_on("mkdir", "dir/new", ops::mkdir)?;
+    ensure!(made == Ok(()), "mkdir in the directory gave {made:?}");
+    let stale = kit.run("read", move || ops::pread(old, 5, 0))?;
+    expect_errno("the old descriptor", stale, Errno::EIO)?;
+    let inside = PathBuf::from(format!("/proc/self/fd/{dir}/more"));
+    let made = kit.run("mkdir", move || ops::mkdir(&inside))?;
+    expect_errno("the old directory", made, Errno::EIO)?;
+    // Both inodes' lookups are given back.
+    give_back(&mut kit, &[old, dir])
+}
+
+/// Closes what is open of bad inodes, has them evicted and compares the counts.
+fn give_back(kit: &mut Kit<'_>, fds: &[i32]) -> Result<()> {
+    for &fd in fds {
+        // EIO, but closed.
+        let _ = kit.run("close", move || ops::close(fd))?;
+    }
+    std::fs::write("/proc/sys/vm/drop_caches", "2").context("drop_caches")?;
+    kit.check_counts()?;
+    still_serves(kit)
+}
+
+fn handle(env: &Env<'_>) -> Result<()> {
+    use crate::raw::rare;
+    let mut kit = mounted_with(env, init::EXPORT_SUPPORT)?;
+    let mount = open(&mut kit, "", OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    let named = kit.run_on("name_to_handle_at", "bad", rare::name_to_handle)??;
+    let old = open(&mut kit, "bad", OFlag::O_RDWR)?;
+    spoil(&mut kit, "bad")?;
+    let opened = kit.run("open_by_handle_at", move || {
+        rare::open_by_handle(mount, &named)
+    })?;
+    let fd = opened.context("the file by its handle")?;
+    let read = kit.run("read", move || ops::pread(fd, 5, 0))?;
+    ensure!(read == Ok(vec![1; 5]), "it reads {read:?}");
+    give_back(&mut kit, &[old])
+}
+
 fn fault(env: &Env<'_>) -> Result<()> {
     use nix::sys::mman::{mmap, MapFlags, ProtFlags};
     use nix::sys::signal::Signal;
     use nix::sys::wait::WaitStatus;
     let mut kit = mounted(env)?;
     let node = kit.tree.child(ROOT, "bad").context("bad")?;
-    let fd = super::help::open(&mut kit, "bad", OFlag::O_RDONLY)?;
+    let fd = open(&mut kit, "bad", OFlag::O_RDONLY)?;
     let length = std::num::NonZeroUsize::new(4096).context("not zero")?;
     // SAFETY: the descriptor is open for the time of the call.
     let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };

@@ -59,6 +59,11 @@ pub fn scenarios() -> Vec<Scenario> {
             new_inode,
         ),
         Scenario::series(
+            "late/new-inode-waiter",
+            "who waits for an inode that its maker gives up gets another",
+            new_inode_waiter,
+        ),
+        Scenario::series(
             "late/eviction",
             "an eviction may begin and end in any phase",
             eviction,
@@ -309,6 +314,31 @@ fn new_inode(env: &Env<'_>) -> Result<()> {
     trap.go();
     kit.recover()?;
     ensure!(kit.serve(&app)? == Ok(()), "stat of the new file");
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+fn new_inode_waiter(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    let cold = kit.tree.file(ROOT, "cold", b"");
+    kit.tree.insert(ROOT, "alias".as_ref(), cold);
+    let answered = Trap::arm("lookup_answered")?;
+    let maker = kit.on("stat", "cold", |p| ops::stat(p).map(drop))?;
+    let m = kit.until_op(op::LOOKUP)?;
+    kit.answer(&m)?;
+    answered.wait(kit.patience)?;
+    kit.recover()?;
+    // It consumes what the dead server said, and comes as far as to a new inode that is not counted.
+    let trap = answered.then("iget_new")?;
+    trap.wait(kit.patience)?;
+    // By another name, or it would wait for the name already.
+    let waiter = kit.on("stat", "alias", |p| ops::stat(p).map(drop))?;
+    let m = kit.until("the second lookup", |m| m.is_named(op::LOOKUP, "alias"))?;
+    kit.answer(&m)?;
+    waiter.wait_asleep(kit.patience)?;
+    trap.go();
+    let results = (kit.serve(&maker)?, kit.serve(&waiter)?);
+    ensure!(results == (Ok(()), Ok(())), "{results:?}");
     kit.check_counts()?;
     still_serves(&mut kit)
 }
