@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `scripts/test` and `scripts/demo`: everything in its order.
 
+pub mod beside;
 pub mod crash;
 pub mod demo;
 pub mod fuzz;
