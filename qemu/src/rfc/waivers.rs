@@ -85,6 +85,17 @@ pub const WAIVERS: &[Waiver] = &[
         },
         reason: "a macro that waits for a condition evaluates it again and again",
     },
+    Waiver {
+        kind: "UNKNOWN_COMMIT_ID",
+        about: |c| LINUX.iter().any(|known| c.line().contains(known)),
+        reason: "the tree has no history; the id and its title are those of Linux",
+    },
+];
+
+/// Commits of Linux that the series names, compared with Linux's own history.
+const LINUX: &[&str] = &[
+    "760eac73f9f6 (\"fuse: Introduce a new notification type for resend pending requests\")",
+    "b1fe686a765e (\"fuse: don't unhash root\")",
 ];
 
 const TRACE: &str = "fs/fuse/fuse_trace.h";
@@ -111,6 +122,8 @@ mod tests {
 +++ b/tools/testing/selftests/filesystems/fuse/y.c
 +static int f(FIXTURE_DATA(restart) *self)
 +	a *b;
+Fixes: b1fe686a765e (\"fuse: don't unhash root\")
+Fixes: b1fe686a765e (\"fuse: do unhash root\")
 ";
 
     fn ask(kind: &str, line: u32, maintained: bool) -> bool {
@@ -136,5 +149,6 @@ mod tests {
         assert!(!ask("LONG_LINE", 2, true));
         assert!(ask("OPEN_ENDED_LINE", 7, false) && !ask("OPEN_ENDED_LINE", 5, false));
         assert!(ask("SPACING", 9, false) && !ask("SPACING", 10, false));
+        assert!(ask("UNKNOWN_COMMIT_ID", 11, false) && !ask("UNKNOWN_COMMIT_ID", 12, false));
     }
 }
