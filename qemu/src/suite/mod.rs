@@ -5,6 +5,7 @@ pub mod crash;
 pub mod demo;
 pub mod fuzz;
 pub mod mutants;
+pub mod race;
 pub mod scenarios;
 pub mod smoke;
 pub mod systemd;

@@ -2,7 +2,7 @@
 //! All checks, cheap ones first. Ends with `N passed, N failed`: N counts cargo
 //! tests one by one and every other check as one.
 
-use super::{crash, fuzz, scenarios, smoke, systemd};
+use super::{crash, fuzz, race, scenarios, smoke, systemd};
 use crate::kernel::{self, flavor::Flavor};
 use crate::paths::Paths;
 use crate::setup::{self, Need};
@@ -117,6 +117,7 @@ pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
     scenarios::run(paths, &mut tally, args.debug_kernel);
     fuzz::run(paths, &mut tally);
     crash::run(paths, &mut tally);
+    race::run(paths, &mut tally);
     systemd::run(paths, &mut tally);
     Ok(tally.finish())
 }
