@@ -275,12 +275,20 @@ fn a_window_is_about_one_thing() {
     let violation = violation(&history);
     let window = window::cut(&history, violation);
     assert_eq!(window.records.len(), 1, "{}", window.told(&[]));
-    let told = window.told(&[(52, "the server died".into()), (99, "later".into())]);
+    let died = |at, how: &str| (at, how.to_owned());
+    let marks = [
+        died(3, "long ago"),
+        died(9, "an earlier death"),
+        died(52, "the server died"),
+        died(99, "later"),
+    ];
+    let told = window.told(&marks);
     assert!(
         told.contains("mkdir a/x = EEXIST; whatever the order, it gives 0"),
         "{told}"
     );
-    assert!(told.contains("the server died") && !told.contains("later"));
+    assert!(told.contains("the server died") && told.contains("an earlier death"));
+    assert!(!told.contains("long ago") && !told.contains("later"));
 }
 
 /// A call that is one step, for the other judge.

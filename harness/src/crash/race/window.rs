@@ -108,9 +108,12 @@ impl Window {
         }
         let first = self.records.iter().map(|r| r.called).min().unwrap_or(0);
         let last = self.records.iter().map(|r| r.returned).max().unwrap_or(0);
+        // Those in between, and the last one before: what it left behind may only be noticed now.
+        let earlier = marks.iter().rposition(|(at, _)| *at < first).unwrap_or(0);
         let mut lines: Vec<(u64, String)> = marks
             .iter()
-            .filter(|(at, _)| (first..=last).contains(at))
+            .skip(earlier)
+            .filter(|(at, _)| *at <= last)
             .map(|(at, what)| (*at, format!("[{at:>5}]          {what}")))
             .collect();
         lines.extend(self.records.iter().map(|r| (r.called, r.to_string())));
