@@ -12,6 +12,8 @@ use std::time::Duration;
 
 /// Seconds after which no further history is begun.
 const SECONDS: &str = "25";
+/// The same where the first one that fails is the end: a few histories are enough, however busy the machine is.
+const UNTIL_FOUND: &str = "120";
 /// The same calls each time; their order is the machine's.
 const SEED: &str = "20261123";
 
@@ -22,17 +24,17 @@ struct Summary {
     crashes: u64,
     not_linearizable: u64,
     broken: u64,
-    without_a_crash: u64,
 }
 
 pub fn run(paths: &Paths, tally: &mut Tally) {
     tally.check("racing workload, uml patched", || {
-        let (summary, code) = guest(paths, &["--rounds", "20"])?;
+        let (summary, code) = guest(paths, &["--seconds", SECONDS])?;
         fine(&summary, code)
     });
     tally.check("racing workload without the journal is found", || {
-        let found = ["--rounds", "20", "--kills", "points", "--no-journal"];
-        let (summary, code) = guest(paths, &[&found[..], &["--failures", "1"]].concat())?;
+        let first = ["--no-journal", "--kills", "points", "--failures", "1"];
+        let options = [&first[..], &["--seconds", UNTIL_FOUND]].concat();
+        let (summary, code) = guest(paths, &options)?;
         found_something(&summary, code)
     });
 }
@@ -42,7 +44,7 @@ fn guest(paths: &Paths, options: &[&str]) -> Result<(Summary, u8)> {
     let out = std::env::temp_dir().join(format!("fuse-restart-race-{}.json", std::process::id()));
     let program = program.display().to_string();
     let mut argv = vec![program.as_str(), "race", "--seed", SEED, "--json", OUT_FILE];
-    argv.extend(["--seconds", SECONDS, "--operations", "60"]);
+    argv.extend(["--rounds", "50", "--operations", "60"]);
     argv.extend(["--dims", "t4-wt,c4-wb"]);
     argv.extend(options);
     let options = vm::Options {
@@ -63,7 +65,7 @@ fn guest(paths: &Paths, options: &[&str]) -> Result<(Summary, u8)> {
 }
 
 fn fine(summary: &Summary, code: u8) -> Result<()> {
-    let failed = summary.not_linearizable + summary.broken + summary.without_a_crash;
+    let failed = summary.not_linearizable + summary.broken;
     ensure!(
         failed == 0,
         "{failed} of {} histories failed (seed {SEED})",
@@ -92,26 +94,26 @@ fn found_something(summary: &Summary, code: u8) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn of(crashes: u64, not_linearizable: u64, broken: u64, without_a_crash: u64) -> Summary {
+    fn of(crashes: u64, not_linearizable: u64, broken: u64) -> Summary {
         Summary {
             histories: 3,
             crashes,
             not_linearizable,
             broken,
-            without_a_crash,
         }
     }
 
     #[test]
     fn nothing_done_is_no_success() {
-        assert!(fine(&of(3, 0, 0, 0), 0).is_ok());
-        assert!(fine(&of(3, 0, 0, 0), 121).is_err());
-        assert!(fine(&of(0, 0, 0, 0), 0).is_err());
-        for bad in [of(3, 1, 0, 0), of(3, 0, 1, 0), of(3, 0, 0, 1)] {
+        assert!(fine(&of(3, 0, 0), 0).is_ok());
+        // Also if hardly anybody died.
+        assert!(fine(&of(3, 0, 0), 1).is_err());
+        assert!(fine(&of(0, 0, 0), 0).is_err());
+        for bad in [of(3, 1, 0), of(3, 0, 1)] {
             assert!(fine(&bad, 0).is_err());
         }
-        assert!(found_something(&of(3, 1, 0, 0), 0).is_ok());
-        assert!(found_something(&of(3, 0, 1, 0), 0).is_err());
-        assert!(found_something(&of(3, 1, 0, 0), 121).is_err());
+        assert!(found_something(&of(3, 1, 0), 0).is_ok());
+        assert!(found_something(&of(3, 0, 1), 0).is_err());
+        assert!(found_something(&of(3, 1, 0), 1).is_err());
     }
 }
