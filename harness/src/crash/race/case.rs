@@ -114,20 +114,24 @@ pub struct Outcome {
     pub violation: Option<String>,
 }
 
+impl Case {
+    /// Another one for each case, and always the same.
+    pub fn seed(&self, seed: u64) -> u64 {
+        sum(self.to_string().as_bytes()) ^ Rng(seed).next()
+    }
+
+    /// What each process does.
+    pub fn workload(&self, seed: u64, processes: usize, operations: usize) -> Vec<Vec<Op>> {
+        draw::workload(self.seed(seed), processes, operations)
+    }
+}
+
 impl Race<'_> {
-    fn seed_of(&self, case: &Case) -> u64 {
-        sum(case.to_string().as_bytes()) ^ Rng(self.seed).next()
-    }
-
-    pub fn workload(&self, case: &Case) -> Vec<Vec<Op>> {
-        draw::workload(self.seed_of(case), self.processes, self.operations)
-    }
-
     /// # Errors
     /// Whatever must not happen but a history that is not linearizable: somebody hangs, the keeper miscounts, something
     /// is left over.
     pub fn run(&self, case: &Case, before: &BTreeMap<String, u64>) -> Result<Outcome> {
-        let workload = self.workload(case);
+        let workload = case.workload(self.seed, self.processes, self.operations);
         match case.kills {
             Kills::Tmpfs => self.on_tmpfs(&workload),
             Kills::None => self.on_a_mount(case, &workload, None),
@@ -175,7 +179,7 @@ impl Race<'_> {
         );
         let none = BTreeMap::new();
         let (way, before) = kills.unwrap_or((Way::Points, &none));
-        let mut killer = Killer::new(way, self.seed_of(case) ^ 0x6b69_6c6c, &shared, before);
+        let mut killer = Killer::new(way, case.seed(self.seed) ^ 0x6b69_6c6c, &shared, before);
         let mut history = Vec::new();
         let racing = self.spawn(workload, &mnt, &logs, &shared)?;
         let turn = || match kills {

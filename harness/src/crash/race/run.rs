@@ -76,6 +76,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         sign: !args.resend_only,
     };
     let cases = cases(args, seed)?;
+    if let (true, Some(case)) = (args.print, cases.first()) {
+        let workload = case.workload(seed, args.processes, args.operations);
+        for (process, ops) in workload.iter().enumerate() {
+            let ops: Vec<String> = ops.iter().map(ToString::to_string).collect();
+            println!("process {process}:\n  {}", ops.join("\n  "));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let patience = Duration::from_secs(args.patience);
     runner::with_env(patience, seed, |env| {
         let mounts = cases.iter().any(|case| case.kills != Kills::Tmpfs);
@@ -95,13 +103,6 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             processes: args.processes,
             operations: args.operations,
         };
-        if args.print {
-            for (process, ops) in race.workload(&cases[0]).iter().enumerate() {
-                let ops: Vec<String> = ops.iter().map(ToString::to_string).collect();
-                println!("process {process}:\n  {}", ops.join("\n  "));
-            }
-            return Ok(ExitCode::SUCCESS);
-        }
         All::new(args, &race)?.run(&cases)
     })
 }
