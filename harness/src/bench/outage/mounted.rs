@@ -134,7 +134,7 @@ impl Mounted {
 
     /// Kills the server, and asks for something at once. The inner error: the stamps are not to be believed.
     pub fn crash(&mut self, trace: &Trace) -> Result<Result<Sample>> {
-        trace.take(self.connection)?;
+        trace.clear()?;
         let killed = now_ns();
         kill(Pid::from_raw(self.server), Signal::SIGKILL)
             .with_context(|| format!("killing the server {}", self.server))?;
@@ -157,7 +157,12 @@ impl Mounted {
             Ok(said.started.is_some())
         })?;
         self.server = said.started.context("no server was started")?;
-        let changes = trace.take(self.connection)?;
+        // The request may be answered before the kernel has said that it serves again.
+        let mut changes = Vec::new();
+        wait_for("the end of the recovery", PATIENCE, || {
+            changes = trace.read(self.connection)?;
+            Ok(changes.iter().any(|change| change.phase == "serving"))
+        })?;
         let recovery = self.recovery()?;
         ensure!(
             recovery.get("revoked") == 0 && recovery.get("confirmed") == recovery.get("replayed"),

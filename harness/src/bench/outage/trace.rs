@@ -45,10 +45,14 @@ impl Trace {
         fs::write(&path, value).with_context(|| format!("{}", path.display()))
     }
 
-    /// What happened on a connection since the last call.
-    pub fn take(&self, connection: u32) -> Result<Vec<Change>> {
+    /// Forgets what happened until now.
+    pub fn clear(&self) -> Result<()> {
+        self.set("trace", "")
+    }
+
+    /// What happened on a connection since then.
+    pub fn read(&self, connection: u32) -> Result<Vec<Change>> {
         let text = fs::read_to_string(self.dir.join("trace")).context("reading the trace")?;
-        self.set("trace", "")?;
         let mut changes: Vec<Change> = text.lines().filter_map(parse).collect();
         changes.retain(|change| change.connection == connection);
         changes.sort_by_key(|change| change.at_ns);
