@@ -30,6 +30,7 @@ enum Command {
     Fuzz(crate::fuzz::Args),
     Stress(crate::stress::Args),
     Crash(crate::crash::Args),
+    Race(crate::crash::race::Args),
 }
 
 pub fn main() -> ExitCode {
@@ -44,6 +45,7 @@ pub fn main() -> ExitCode {
         Command::Fuzz(args) => crate::fuzz::run(&args),
         Command::Stress(args) => crate::stress::run(&args),
         Command::Crash(args) => crate::crash::run(&args),
+        Command::Race(args) => crate::crash::race::run(&args),
     };
     result.unwrap_or_else(|e| {
         eprintln!("fuse-restart: {e:#}");

@@ -4,6 +4,7 @@
 mod journal;
 mod memory;
 mod ops;
+mod outage;
 mod replay;
 mod server;
 
@@ -28,6 +29,7 @@ pub enum Bench {
     /// The normal path: time per stat, open and close, 4 KiB read and write
     Ops(ops::Args),
     Journal(journal::Args),
+    Outage(outage::Args),
 }
 
 pub fn run(which: &Bench) -> Result<ExitCode> {
@@ -57,6 +59,7 @@ pub fn run(which: &Bench) -> Result<ExitCode> {
         Bench::Replay(args) => replay::run(args, &env),
         Bench::Ops(args) => ops::run(args, &env),
         Bench::Journal(args) => journal::run(args, &env),
+        Bench::Outage(args) => outage::run(args, &env),
     };
     let _ = fs::remove_dir(&scratch);
     let problems = env.problems.into_inner();

@@ -6,6 +6,7 @@
 //! * [`shown`] attributes, [`tree`] a tree, as text that can be compared
 //! * [`kept`] a fresh mount under the real keeper, [`case`] one case on it, [`plan`] its name
 //! * [`group`] all cases of one workload; [`minimise`] a failed one
+//! * [`race`] is another workload, on shared names, with a judge of its own
 //! * [`run`] everything, [`tally`] the results, [`kmsg`] what the kernel complains of
 
 #[cfg(feature = "crash-points")]
@@ -30,6 +31,7 @@ mod op;
 mod plan;
 #[cfg(feature = "crash-points")]
 mod programs;
+pub mod race;
 #[cfg(feature = "crash-points")]
 mod run;
 #[cfg(feature = "crash-points")]

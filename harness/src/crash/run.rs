@@ -103,10 +103,14 @@ fn groups(args: &Args, seed: u64) -> Result<Vec<Group>> {
 }
 
 /// A tmpfs of our own, in our own namespace: it has file handles, and nothing of it is left.
-struct Scratch(PathBuf);
+pub(super) struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new(env: &Env<'_>) -> Result<Scratch> {
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(super) fn new(env: &Env<'_>) -> Result<Scratch> {
         let dir = env.scratch.join("crash");
         std::fs::create_dir(&dir)?;
         // Not everybody in a workload is root.

@@ -232,7 +232,7 @@ fn private_namespace() -> Result<()> {
     .context("cannot make the mounts private")
 }
 
-fn catch_signals() -> Result<()> {
+pub fn catch_signals() -> Result<()> {
     let action = SigAction::new(
         SigHandler::Handler(on_signal),
         SaFlags::empty(),

@@ -11,7 +11,7 @@ use std::io;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-const NAME: &str = "crash matrix, systemd, poison and hangs";
+const NAME: &str = "crash matrix, races, systemd, poison and hangs";
 
 /// The other process, and where it writes.
 pub struct Beside {

@@ -6,6 +6,7 @@ pub mod crash;
 pub mod demo;
 pub mod fuzz;
 pub mod mutants;
+pub mod race;
 pub mod scenarios;
 pub mod smoke;
 pub mod systemd;

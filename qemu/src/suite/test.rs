@@ -3,7 +3,7 @@
 //! tests one by one and every other check as one.
 
 use super::beside::Beside;
-use super::{crash, fuzz, scenarios, smoke, systemd};
+use super::{crash, fuzz, race, scenarios, smoke, systemd};
 use crate::kernel::{self, flavor::Flavor};
 use crate::paths::Paths;
 use crate::setup::{self, Need};
@@ -95,6 +95,7 @@ pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
     let mut tally = Tally::default();
     if let Some(result) = &args.beside {
         crash::run(paths, &mut tally);
+        race::run(paths, &mut tally);
         systemd::run(paths, &mut tally);
         std::fs::write(result, serde_json::to_vec(&tally)?)?;
         return Ok(tally.finish());
@@ -140,7 +141,7 @@ pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
     fuzz::run(paths, &mut tally);
     match beside {
         Ok(beside) => beside.join(&mut tally),
-        Err(e) => tally.fail("crash matrix, systemd", &format!("{e:#}")),
+        Err(e) => tally.fail("what runs beside", &format!("{e:#}")),
     }
     Ok(tally.finish())
 }
