@@ -12,7 +12,7 @@ use super::app;
 use super::dim::Dim;
 use super::kept::{Counts, Kept, Setup};
 use super::op::Workload;
-use super::plan::Kill;
+use super::plan::{Deaths, Kill};
 use super::tree;
 use crate::crash_points::Seen;
 use crate::raw::app::{describe, Proc};
@@ -33,6 +33,8 @@ pub struct Run {
     /// How often each point was reached until the applications had ended and the server was idle.
     pub seen: Vec<Seen>,
     pub counts: Option<Counts>,
+    /// The deaths that came.
+    pub died: Vec<Kill>,
 }
 
 /// A case that tested nothing: the server did not come where it was to die.
@@ -47,19 +49,19 @@ impl std::fmt::Display for Unreached {
 
 impl std::error::Error for Unreached {}
 
-/// Runs a workload while the server dies at `kills`.
+/// Runs a workload while the server dies.
 ///
 /// # Errors
 /// [`Unreached`], or whatever must not happen: somebody hangs, the keeper miscounts, something is left over.
-pub fn run(setup: &Setup, dim: &Dim, workload: &Workload, kills: &[Kill]) -> Result<Run> {
-    let mut kept = Kept::start(setup, dim, workload, kills)?;
+pub fn run(setup: &Setup, dim: &Dim, workload: &Workload, deaths: Deaths<'_>) -> Result<Run> {
+    let mut kept = Kept::start(setup, dim, workload, deaths)?;
     let blocks = !dim.writeback;
     let logs = applications(&mut kept, setup, workload, blocks)?;
-    let died = wait_for_deaths(&mut kept, kills)?;
+    let died = wait_for_deaths(&mut kept, deaths)?;
     let seen = kept.table.all();
     let mounted = onlooker(&mut kept, setup, blocks)?;
     kept.wait_until_idle()?;
-    kept.check_restarts(died)?;
+    kept.check_restarts(died.len() as u64)?;
     let counts = match setup.mode.sign && kept_by_the_series(&kept)? {
         true => Some(kept.compare_counts()?),
         false => None,
@@ -74,6 +76,7 @@ pub fn run(setup: &Setup, dim: &Dim, workload: &Workload, kills: &[Kill]) -> Res
         },
         seen,
         counts,
+        died,
     })
 }
 
@@ -161,8 +164,9 @@ fn last_line(path: &Path) -> String {
     lines_of(path).pop().unwrap_or_else(|| "none".into())
 }
 
-/// Waits until the server has died as often as it was told to, and is idle again; how often that is.
-fn wait_for_deaths(kept: &mut Kept, kills: &[Kill]) -> Result<u64> {
+/// Waits until the server has died as often as it was told to, or is idle and will not any more; the deaths.
+fn wait_for_deaths(kept: &mut Kept, deaths: Deaths<'_>) -> Result<Vec<Kill>> {
+    let kills = deaths.kills;
     let wanted = kills.len() as u64;
     kept.wait_until("the server has died and is idle", |kept| {
         // Idle or not, if it has: the next that looks at the mount waits for the recovery.
@@ -174,8 +178,11 @@ fn wait_for_deaths(kept: &mut Kept, kills: &[Kill]) -> Result<u64> {
         let died = kept.killed(kills);
         Ok(idle && kept.status()?.keeper.restarts == died && kept.killed(kills) == died)
     })?;
+    // Whoever looks at the mount from now on is not to be disturbed.
+    kept.disarm(kills)?;
     let died = kept.killed(kills);
-    if died < wanted {
+    let enough = if deaths.together { 1 } else { wanted };
+    if died < enough {
         let left = kills.iter().map(|kill| {
             let (opcode, point) = kill.parts();
             let seen = kept.table.seen(opcode, point);
@@ -186,7 +193,9 @@ fn wait_for_deaths(kept: &mut Kept, kills: &[Kill]) -> Result<u64> {
         });
         return Err(Unreached(left.collect::<Vec<_>>().join(", ")).into());
     }
-    Ok(died)
+    let mut came = kills.to_vec();
+    came.retain(|kill| kept.killed(std::slice::from_ref(kill)) > 0);
+    Ok(came)
 }
 
 /// The tree as a process sees it that has done nothing before.

@@ -69,6 +69,8 @@ pub const FOCUSES: &[Focus] = &[
 
 /// Long workloads of everything.
 pub const MIXED: Focus = focus("mixed", "", NOISE);
+/// Longer ones, for many deaths.
+pub const MANY: Focus = focus(super::plan::MANY, "", NOISE);
 
 const NOISE: &[Step] = &[
     steps::create,
@@ -181,6 +183,7 @@ impl Draw {
     fn all_of(&mut self, focus: &Focus) {
         let rounds = match (focus.name, focus.opcode) {
             ("mixed", _) => 12,
+            (super::plan::MANY, _) => 30,
             (_, "") => 1,
             _ => 2,
         };
@@ -238,14 +241,14 @@ mod tests {
 
     #[test]
     fn the_same_seed_draws_the_same_workload_and_another_does_not() {
-        for focus in FOCUSES.iter().chain([&MIXED]) {
+        for focus in FOCUSES.iter().chain([&MIXED, &MANY]) {
             assert_eq!(
                 workload(focus, 5, 3),
                 workload(focus, 5, 3),
                 "{}",
                 focus.name
             );
-            if focus.opcode.is_empty() && focus.name != "mixed" {
+            if focus.opcode.is_empty() && ![MIXED.name, MANY.name].contains(&focus.name) {
                 continue; // a program does what it does
             }
             let different = (6..12).any(|seed| workload(focus, seed, 3) != workload(focus, 5, 3));

@@ -5,10 +5,11 @@ use anyhow::{bail, Context, Result};
 
 use super::case::{self, difference, Observed, Run, Unreached};
 use super::dim::DIMS;
-use super::generate::{self, Focus, FOCUSES, JOURNALLED, MIXED};
+use super::generate::{self, Focus, FOCUSES, JOURNALLED, MANY, MIXED};
 use super::kept::{Counts, Setup};
 use super::op::Workload;
-use super::plan::{Case, Group, Kill};
+use super::plan;
+use super::plan::{Case, Deaths, Group, Kill};
 use super::tally::Verdict;
 use crate::crash_points::Seen;
 use crate::raw::wait::Rng;
@@ -16,9 +17,27 @@ use crate::raw::wait::Rng;
 /// Points of a long workload that are tried in one round.
 const OF_MIXED: usize = 16;
 
+/// Cases of a workload with many deaths, and deaths of a case at most.
+const OF_MANY: usize = 3;
+const DEATHS: usize = 40;
+
+/// Where an instance can die while it recovers. Nobody recovers without a crash, so these are not among what is reached
+/// then.
+const RECOVERY: &[&str] = &[
+    "recover.restarted",
+    "recover.resolved",
+    "recover.replay",
+    "recover.reported",
+    "recover.settled",
+    "recover.swept",
+    "recover.decided",
+    "recover.resolved-one",
+    "recover.end",
+];
+
 /// The names that stand where a focus can.
 pub fn names() -> Vec<&'static str> {
-    let special = ["adopt", "twice", "mixed"];
+    let special = ["adopt", "twice", "mixed", plan::MANY];
     FOCUSES.iter().map(|f| f.name).chain(special).collect()
 }
 
@@ -40,12 +59,15 @@ pub struct Judged {
     pub reason: String,
     /// What was reached, if anything was.
     seen: Vec<Seen>,
+    /// The deaths that came.
+    pub died: Vec<Kill>,
 }
 
 /// Which workload a group has.
 fn focus_of(group: &Group) -> Result<&'static Focus> {
     let name = match group.focus.as_str() {
         "mixed" => return Ok(&MIXED),
+        plan::MANY => return Ok(&MANY),
         "adopt" => "statfs",
         "twice" => {
             let dim = DIMS.iter().position(|dim| *dim == group.dim).unwrap_or(0) as u64;
@@ -81,7 +103,7 @@ impl<'a> Running<'a> {
     /// Runs the workload without a crash.
     pub fn begin(setup: &'a Setup<'a>, group: &Group, seed: u64) -> Result<Running<'a>> {
         let workload = workload(group, seed)?;
-        let oracle = case::run(setup, &group.dim, &workload, &[])
+        let oracle = case::run(setup, &group.dim, &workload, Deaths::NONE)
             .with_context(|| format!("{group}/, without a crash"))?;
         if let Some(Counts::Differ(n)) = oracle.counts {
             bail!("{group}/, without a crash: {n} lookup counts differ");
@@ -114,6 +136,9 @@ impl<'a> Running<'a> {
 
     /// The cases with one death that this workload can have, one for each point that it reaches.
     pub fn cases(&mut self) -> Vec<Case> {
+        if self.group.focus == plan::MANY {
+            return (0..OF_MANY).map(|_| self.many()).collect();
+        }
         let all = self.opcode.is_empty();
         let mut reached: Vec<Seen> = self.seen.clone();
         reached.retain(|seen| {
@@ -131,6 +156,29 @@ impl<'a> Running<'a> {
                 self.case(vec![Kill::new(&seen.name, nth)])
             })
             .collect()
+    }
+
+    /// A case in which the server dies at some forty points of its work, and some instances at once again.
+    fn many(&mut self) -> Case {
+        let mut points: Vec<(String, u64)> = self
+            .seen
+            .iter()
+            .filter(|seen| seen.reached > 0 && !seen.name.starts_with("adopt."))
+            .map(|seen| (seen.name.clone(), seen.reached))
+            .collect();
+        self.rng.shuffle(&mut points);
+        points.truncate(DEATHS - RECOVERY.len());
+        // As many recoveries as there are deaths, and more inodes than that.
+        let recovery = RECOVERY
+            .iter()
+            .map(|name| ((*name).to_owned(), DEATHS as u64 / 2));
+        points.extend(recovery);
+        let kills = points.into_iter().map(|(name, reached)| {
+            let nth = 1 + self.rng.below(reached as usize) as u64;
+            Kill::new(&name, nth)
+        });
+        let kills = kills.collect();
+        self.case(kills)
     }
 
     /// The cases in which the next instance dies as well, of one whose deaths are known.
@@ -166,39 +214,75 @@ impl<'a> Running<'a> {
     }
 
     fn judge_on(&self, case: &Case, workload: &Workload, want: &Observed) -> Judged {
-        let result = case::run(self.setup, &case.group.dim, workload, &case.kills);
-        let (verdict, reason, seen) = match result {
+        let result = case::run(self.setup, &case.group.dim, workload, case.deaths());
+        let (verdict, reason, seen, died) = match result {
             Ok(run) => {
                 let (verdict, reason) = judge(want, &run);
-                (verdict, reason, run.seen)
+                (verdict, reason, run.seen, run.died)
             }
             Err(e) if e.downcast_ref::<Unreached>().is_some() => {
-                (Verdict::Unreached, format!("{e:#}"), Vec::new())
+                (Verdict::Unreached, format!("{e:#}"), Vec::new(), Vec::new())
             }
-            Err(e) => (Verdict::Broken, format!("{e:#}"), Vec::new()),
+            // What else it was told to die of may not have come.
+            Err(e) => (
+                Verdict::Broken,
+                format!("{e:#}"),
+                Vec::new(),
+                case.kills.first().cloned().into_iter().collect(),
+            ),
         };
         Judged {
             case: case.clone(),
             verdict,
             reason,
             seen,
+            died,
         }
     }
 
     /// Whether the oracle says the same once more; if not, that is the defect.
     pub fn oracle_is_stable(&self) -> Result<Option<String>> {
-        let again = case::run(self.setup, &self.group.dim, &self.workload, &[])?;
+        let again = case::run(self.setup, &self.group.dim, &self.workload, Deaths::NONE)?;
         Ok(difference(&self.want, &again.observed))
+    }
+
+    /// As few of many deaths as still show what `judged` is about. The workload stays what it is: what is left out of it
+    /// moves the deaths elsewhere.
+    fn fewer_deaths(&self, judged: &Judged, tries: usize) -> Option<(Workload, Case, String)> {
+        if !judged.case.deaths().together {
+            return None;
+        }
+        let mut found = None;
+        let mut best = judged.died.clone();
+        let mut left = tries;
+        let mut size = best.len().div_ceil(2);
+        while size > 0 && left > 0 {
+            let mut from = 0;
+            while from < best.len() && best.len() > size && left > 0 {
+                let mut fewer = best.clone();
+                fewer.drain(from..(from + size).min(best.len()));
+                let again = self.judge(&self.case(fewer));
+                left -= 1;
+                if again.verdict == judged.verdict {
+                    best = again.case.kills.clone();
+                    found = Some((again.case, again.reason));
+                } else {
+                    from += size;
+                }
+            }
+            size /= 2;
+        }
+        found.map(|(case, reason)| (self.workload.clone(), case, reason))
     }
 
     /// The shortest workload that still shows what `judged` is about, and at which reach.
     pub fn shortest(&self, judged: &Judged, tries: usize) -> Option<(Workload, Case, String)> {
         let [kill] = &judged.case.kills[..] else {
-            return None;
+            return self.fewer_deaths(judged, tries);
         };
         let mut found = None;
         let best = super::minimise::shortest(&self.workload, tries, |candidate| {
-            let Ok(oracle) = case::run(self.setup, &self.group.dim, candidate, &[]) else {
+            let Ok(oracle) = case::run(self.setup, &self.group.dim, candidate, Deaths::NONE) else {
                 return false;
             };
             let reached = oracle.seen.iter().find(|seen| seen.name == kill.point);

@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 
 use super::dim::{Dim, Mode};
 use super::op::{pattern, Workload};
-use super::plan::Kill;
+use super::plan::{Deaths, Kill};
 use crate::crash_points::Table;
 use crate::fusectl;
 use crate::keep::events::{Event, Record};
@@ -56,7 +56,7 @@ impl<'a> Kept<'a> {
         setup: &'a Setup<'a>,
         dim: &Dim,
         workload: &Workload,
-        kills: &[Kill],
+        deaths: Deaths<'_>,
     ) -> Result<Kept<'a>> {
         let dir = nix::unistd::mkdtemp(&setup.scratch.join("case.XXXXXX"))
             .context("no directory for a case")?;
@@ -66,11 +66,13 @@ impl<'a> Kept<'a> {
         }
         prepare(&dir.join("back"), workload).context("cannot prepare the backing directory")?;
         let table = Table::open(&dir.join("points")).context("the table of points")?;
-        if let Some(first) = kills.first() {
-            let (opcode, point) = first.parts();
-            table.arm(opcode, point, first.nth)?;
+        let kills = deaths.kills;
+        let first = if deaths.together { kills.len() } else { 1 };
+        for kill in kills.iter().take(first) {
+            let (opcode, point) = kill.parts();
+            table.arm(opcode, point, kill.nth)?;
         }
-        for pair in kills.windows(2) {
+        for pair in kills.windows(2).filter(|_| !deaths.together) {
             table.arm_then(&pair[0].point, &pair[1].point, pair[1].nth)?;
         }
         let mut kept = Kept {
@@ -79,7 +81,7 @@ impl<'a> Kept<'a> {
             keeper: None,
             table,
         };
-        kept.keeper = Some(kept.spawn(dim)?);
+        kept.keeper = Some(kept.spawn(dim, deaths.together)?);
         kept.wait_until("the mount is served", |kept| {
             // The second if the first died when it had begun its state.
             let served = |opcode| kept.table.seen(opcode, "end").reached > 0;
@@ -88,11 +90,13 @@ impl<'a> Kept<'a> {
         Ok(kept)
     }
 
-    fn spawn(&self, dim: &Dim) -> Result<Child> {
+    fn spawn(&self, dim: &Dim, many: bool) -> Result<Child> {
         let said = fs::File::create(self.dir.join("said"))?;
         Command::new(&self.setup.binary)
             // An instance that was killed by the matrix did not fail: no back-off.
             .args(["keep", "--allow-other", "--max-restarts", "1000"])
+            // Nor is a request to be blamed that is under way at many deaths.
+            .args(many.then_some("--max-tries=0"))
             .args(["--stable-after", "0", "--mountpoint"])
             .arg(self.mnt())
             .arg("--json")
@@ -153,6 +157,15 @@ impl<'a> Kept<'a> {
             .iter()
             .map(|(opcode, point)| self.table.seen(opcode, point));
         seen.map(|seen| seen.killed).sum()
+    }
+
+    /// Nobody dies any more.
+    pub fn disarm(&self, kills: &[Kill]) -> Result<()> {
+        for kill in kills {
+            let (opcode, point) = kill.parts();
+            self.table.arm(opcode, point, 0)?;
+        }
+        Ok(())
     }
 
     pub fn status(&self) -> Result<status::Report> {

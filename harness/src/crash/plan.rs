@@ -4,6 +4,9 @@
 //! `t4-wb/rename-over/7/rename.renameat2:3+recover.replay:2`: four threads and write-back; the workload of the focus
 //! `rename-over` in round 7 of the seed; the server dies when it reaches `rename.renameat2` for the third time, and the
 //! next instance when it reaches `recover.replay` for the second.
+//!
+//! With the focus `many` all points are armed from the start, and every one that is reached is a death, of whichever
+//! instance.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,7 +19,7 @@ use super::dim::Dim;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Group {
     pub dim: Dim,
-    /// Name of a focus, or `adopt`, `mixed`, `twice`.
+    /// Name of a focus, or `adopt`, `many`, `mixed`, `twice`.
     pub focus: String,
     pub round: u64,
 }
@@ -36,6 +39,34 @@ pub struct Case {
     /// None: a run without a crash.
     pub kills: Vec<Kill>,
 }
+
+/// The deaths of one run.
+#[derive(Clone, Copy)]
+pub struct Deaths<'a> {
+    pub kills: &'a [Kill],
+    /// All are armed from the start, and those that are not reached do not matter if one is. Else each death arms the
+    /// next, and all have to come.
+    pub together: bool,
+}
+
+impl Deaths<'_> {
+    pub const NONE: Deaths<'static> = Deaths {
+        kills: &[],
+        together: false,
+    };
+}
+
+impl Case {
+    pub fn deaths(&self) -> Deaths<'_> {
+        Deaths {
+            kills: &self.kills,
+            together: self.group.focus == MANY,
+        }
+    }
+}
+
+/// The focus whose cases have many deaths.
+pub const MANY: &str = "many";
 
 impl Kill {
     pub fn new(point: &str, nth: u64) -> Kill {
@@ -111,6 +142,7 @@ mod tests {
             "t1-wt/mkdir/0/mkdir.mkdirat:1",
             "c4-wb/rename-over/17/rename.renameat2:3+recover.replay:2",
             "t4-wt/mixed/2/",
+            "t1-wb/many/0/write.start:7+mkdir.reply:2+recover.replay:9",
         ] {
             assert_eq!(text.parse::<Case>().unwrap().to_string(), text);
         }

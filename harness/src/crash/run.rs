@@ -174,7 +174,7 @@ impl<'a> Matrix<'a> {
         let mut judged = running.judge(case);
         self.complaints(&mut judged);
         println!("{case}: {:?}\n{}", judged.verdict, judged.reason);
-        self.tally.add(case, judged.verdict);
+        self.tally.add(case, &judged.died, judged.verdict);
         if judged.verdict == Verdict::Differs && !self.args.no_shortest {
             println!("{}", shortest(&running, &judged).unwrap_or_default());
         }
@@ -257,7 +257,7 @@ impl<'a> Matrix<'a> {
                 return Ok(false);
             }
             self.complaints(&mut judged);
-            self.tally.add(&case, judged.verdict);
+            self.tally.add(&case, &judged.died, judged.verdict);
             if judged.verdict != Verdict::Same {
                 self.failed(&running, &judged);
                 if self.tally.failed() >= enough {

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::plan::{Case, Group};
+use super::plan::{Case, Group, Kill};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -27,6 +27,9 @@ pub struct Cell {
     pub differ: u64,
     pub broken: u64,
     pub unreached: u64,
+    /// Deaths here.
+    #[serde(default)]
+    pub crashes: u64,
 }
 
 impl Cell {
@@ -45,6 +48,7 @@ impl Cell {
         self.differ += other.differ;
         self.broken += other.broken;
         self.unreached += other.unreached;
+        self.crashes += other.crashes;
     }
 }
 
@@ -104,18 +108,24 @@ impl Tally {
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
-    pub fn add(&mut self, case: &Case, verdict: Verdict) {
-        if verdict != Verdict::Unreached {
-            self.crashes += case.kills.len() as u64;
-        }
+    /// Counts a case at the point of its last death, and each of the deaths that came at its own.
+    pub fn add(&mut self, case: &Case, died: &[Kill], verdict: Verdict) {
+        self.crashes += died.len() as u64;
         let Some(last) = case.kills.last() else {
             return;
         };
-        let name = match case.kills.len() {
-            1 => last.point.clone(),
+        let of_dim = self.cells.entry(case.group.dim.name.into()).or_default();
+        let second = |n: usize| n > 0 && !case.deaths().together;
+        for (n, kill) in died.iter().enumerate() {
+            let then = if second(n) { "then " } else { "" };
+            let name = format!("{then}{}", kill.point);
+            of_dim.entry(name).or_default().crashes += 1;
+        }
+        let name = match (case.deaths().together, case.kills.len()) {
+            (true, _) => "many.case".to_owned(),
+            (_, 1) => last.point.clone(),
             _ => format!("then {}", last.point),
         };
-        let of_dim = self.cells.entry(case.group.dim.name.into()).or_default();
         of_dim.entry(name).or_default().add(verdict);
     }
 
@@ -169,23 +179,44 @@ impl Tally {
         }
         rows.push(("all".into(), "all".into(), self.total()));
         let mut text = String::new();
-        let mut line = |columns: [String; 6]| {
+        let mut line = |columns: [String; 7]| {
             text += &match markdown {
                 true => format!("| {} |\n", columns.join(" | ")),
                 false => format!(
-                    "{:<16} {:<36} {:>7} {:>7} {:>7} {:>9}\n",
-                    columns[0], columns[1], columns[2], columns[3], columns[4], columns[5]
+                    "{:<16} {:<36} {:>7} {:>7} {:>7} {:>7} {:>9}\n",
+                    columns[0],
+                    columns[1],
+                    columns[2],
+                    columns[3],
+                    columns[4],
+                    columns[5],
+                    columns[6]
                 ),
             };
         };
-        line(["opcode", "point", "cases", "differ", "broken", "unreached"].map(str::to_owned));
+        let head = [
+            "opcode",
+            "point",
+            "crashes",
+            "cases",
+            "differ",
+            "broken",
+            "unreached",
+        ];
+        line(head.map(str::to_owned));
         if markdown {
-            line(["---", "---", "---:", "---:", "---:", "---:"].map(str::to_owned));
+            line(["---", "---", "---:", "---:", "---:", "---:", "---:"].map(str::to_owned));
         }
         for (opcode, point, cell) in rows {
-            let numbers = [cell.cases, cell.differ, cell.broken, cell.unreached];
-            let [cases, differ, broken, unreached] = numbers.map(|n| n.to_string());
-            line([opcode, point, cases, differ, broken, unreached]);
+            let numbers = [
+                cell.crashes,
+                cell.cases,
+                cell.differ,
+                cell.broken,
+                cell.unreached,
+            ];
+            let [crashes, cases, differ, broken, unreached] = numbers.map(|n| n.to_string());
+            line([opcode, point, crashes, cases, differ, broken, unreached]);
         }
         text
     }
@@ -201,19 +232,25 @@ mod tests {
             mode: "whole".into(),
             ..Tally::default()
         };
-        let case = |text: &str| text.parse::<Case>().unwrap();
-        tally.add(&case("t1-wt/mkdir/0/mkdir.intent:1"), Verdict::Same);
-        tally.add(&case("t4-wt/mkdir/0/mkdir.intent:2"), Verdict::Differs);
-        let twice = case("t1-wt/twice/0/mkdir.intent:1+recover.replay:4");
-        tally.add(&twice, Verdict::Broken);
-        tally.add(&case("t1-wt/mkdir/0/mkdir.mkdirat:9"), Verdict::Unreached);
+        let mut add = |text: &str, died: usize, verdict| {
+            let case = text.parse::<Case>().unwrap();
+            tally.add(&case, &case.kills[..died], verdict);
+        };
+        add("t1-wt/mkdir/0/mkdir.intent:1", 1, Verdict::Same);
+        add("t4-wt/mkdir/0/mkdir.intent:2", 1, Verdict::Differs);
+        let twice = "t1-wt/twice/0/mkdir.intent:1+recover.replay:4";
+        add(twice, 2, Verdict::Broken);
+        add("t1-wt/mkdir/0/mkdir.mkdirat:9", 0, Verdict::Unreached);
+        let many = "t1-wt/many/0/mkdir.intent:2+mkdir.reply:3+recover.replay:9";
+        add(many, 2, Verdict::Same);
         tally
     }
 
     #[test]
     fn cases_are_counted_where_they_belong() {
         let tally = tally();
-        assert_eq!((tally.crashes, tally.failed()), (4, 3));
+        assert_eq!((tally.crashes, tally.failed()), (6, 3));
+        assert_eq!(tally.total().crashes, 6);
         let points = tally.by_point();
         assert_eq!(
             (points["mkdir.intent"].cases, points["mkdir.intent"].differ),
@@ -222,14 +259,18 @@ mod tests {
         assert_eq!(points["then recover.replay"].broken, 1);
         let text = tally.table(true);
         assert!(
-            text.contains("| mkdir | intent | 2 | 1 | 0 | 0 |"),
+            text.contains("| mkdir | intent | 4 | 2 | 1 | 0 | 0 |"),
             "{text}"
         );
         assert!(
-            text.contains("| recover | replay (second death) | 1 | 0 | 1 | 0 |"),
+            text.contains("| recover | replay (second death) | 1 | 1 | 0 | 1 | 0 |"),
             "{text}"
         );
-        assert!(text.contains("| all | all | 4 | 1 | 1 | 1 |"), "{text}");
+        assert!(
+            text.contains("| many | case | 0 | 1 | 0 | 0 | 0 |"),
+            "{text}"
+        );
+        assert!(text.contains("| all | all | 6 | 5 | 1 | 1 | 1 |"), "{text}");
     }
 
     #[test]
