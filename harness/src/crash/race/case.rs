@@ -22,6 +22,7 @@ use super::window;
 use crate::crash::dim::Dim;
 use crate::crash::kept::{Counts, Kept, Setup};
 use crate::crash::op::{sum, Workload};
+use crate::crash::plan::Deaths;
 use crate::raw::app::{describe, Proc};
 use crate::raw::wait::Rng;
 use crate::scenario::runner::interrupted;
@@ -166,7 +167,7 @@ impl Race<'_> {
         kills: Option<(Way, &BTreeMap<String, u64>)>,
     ) -> Result<Outcome> {
         let nobody = Workload { procs: Vec::new() };
-        let mut kept = Kept::start(&self.setup, &case.dim, &nobody, &[])?;
+        let mut kept = Kept::start(&self.setup, &case.dim, &nobody, Deaths::NONE)?;
         let (mnt, back, logs) = (kept.mnt(), kept.back(), kept.file(""));
         let shared = Shared::new()?;
         let scene = |kept: &Kept<'_>| kept.scene();
