@@ -87,7 +87,7 @@ pub struct Args {
     /// Begin no workload after so many seconds
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u64>,
-    /// Only these kinds of workload
+    /// Only these kinds of workload (`many`, the one with many deaths in a case, runs only if it is named here)
     #[arg(long, value_name = "FOCUS", value_delimiter = ',')]
     only: Vec<String>,
     /// Only these: t1, t4, c4 (one thread, four, four with cloned descriptors) with -wt or -wb (write-through, write-back)
