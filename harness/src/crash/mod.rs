@@ -84,7 +84,7 @@ pub struct Args {
     /// The first round
     #[arg(long, value_name = "N", default_value_t = 0)]
     from: u64,
-    /// Begin no workload after so many seconds
+    /// Begin no case after so many seconds
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u64>,
     /// Only these kinds of workload (`many`, the one with many deaths in a case, runs only if it is named here)

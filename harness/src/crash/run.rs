@@ -198,11 +198,7 @@ impl<'a> Matrix<'a> {
             .collect();
         let mut ended = "";
         for (n, group) in todo.iter().enumerate() {
-            if self
-                .args
-                .seconds
-                .is_some_and(|s| self.began.elapsed().as_secs() >= s)
-            {
+            if self.time_is_up() {
                 ended = " (the time was up)";
                 break;
             }
@@ -239,6 +235,11 @@ impl<'a> Matrix<'a> {
         Ok(exit(fine))
     }
 
+    fn time_is_up(&self) -> bool {
+        let limit = self.args.seconds;
+        limit.is_some_and(|s| self.began.elapsed().as_secs() >= s)
+    }
+
     /// All cases of a group; false if it was ended before.
     fn group(&mut self, group: &Group, enough: u64) -> Result<bool> {
         let mut running = match Running::begin(self.setup, group, self.seed) {
@@ -257,6 +258,10 @@ impl<'a> Matrix<'a> {
             );
         }
         while let Some(case) = cases.pop() {
+            // A program's workload can take minutes.
+            if self.time_is_up() {
+                return Ok(false);
+            }
             let mut judged = running.judge(&case);
             if interrupted() {
                 return Ok(false);

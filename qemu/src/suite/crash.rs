@@ -2,16 +2,16 @@
 //! A bounded share of the crash matrix, in the guest that boots fastest. The long run is in
 //! Documentation/crash-matrix.md.
 
-use super::{build_with_crash_points, test::Tally, with_crash_points};
+use super::{build_with_crash_points, json_from_guest, test::Tally, with_crash_points};
 use crate::guest::OUT_FILE;
 use crate::paths::Paths;
 use crate::vm::{self, BackendName, KernelName};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// Seconds after which no further workload is begun.
+/// Seconds after which no further case is begun.
 const SECONDS: &str = "45";
 
 /// Always the same cases here, so that a change is judged by what it changes; the long run draws its seed.
@@ -49,7 +49,6 @@ pub fn run(paths: &Paths, tally: &mut Tally) {
 
 fn guest(paths: &Paths) -> Result<()> {
     let program = build_with_crash_points(paths)?;
-    let out = std::env::temp_dir().join(format!("fuse-restart-crash-{}.json", std::process::id()));
     let argv = [
         &program.display().to_string(),
         "crash",
@@ -64,19 +63,11 @@ fn guest(paths: &Paths) -> Result<()> {
         backend: BackendName::Uml,
         kernel: KernelName::Patched,
         timeout: Duration::from_secs(300),
-        out: Some(out.clone()),
         argv: argv.map(str::to_owned).into(),
         ..vm::Options::default()
     };
-    let code = vm::run(paths, &options);
-    let json = std::fs::read(&out);
-    let _ = std::fs::remove_file(&out);
-    let code = code?;
-    let json = json.context("the crash matrix left no result")?;
-    judge(
-        &serde_json::from_slice(&json).context("the matrix's result")?,
-        code,
-    )
+    let (summary, code): (Summary, u8) = json_from_guest(paths, "crash", options)?;
+    judge(&summary, code)
 }
 
 fn judge(summary: &Summary, code: u8) -> Result<()> {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A bounded share of `fuse-restart fuzz`, in the guest that boots fastest. The long run is in Documentation/fuzzing.md.
 
-use super::build_program;
+use super::{build_program, json_from_guest};
 use crate::guest::OUT_FILE;
 use crate::paths::Paths;
 use crate::suite::test::Tally;
 use crate::vm::{self, BackendName, KernelName};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Deserialize;
 use std::time::Duration;
 
@@ -31,7 +31,6 @@ pub fn run(paths: &Paths, tally: &mut Tally) {
 
 fn guest(paths: &Paths) -> Result<()> {
     let program = build_program(paths, false)?;
-    let out = std::env::temp_dir().join(format!("fuse-restart-fuzz-{}.json", std::process::id()));
     let argv = [
         &program.display().to_string(),
         "fuzz",
@@ -48,16 +47,10 @@ fn guest(paths: &Paths) -> Result<()> {
         backend: BackendName::Uml,
         kernel: KernelName::Patched,
         timeout: Duration::from_secs(300),
-        out: Some(out.clone()),
         argv: argv.map(str::to_owned).into(),
         ..vm::Options::default()
     };
-    let code = vm::run(paths, &options);
-    let json = std::fs::read(&out);
-    let _ = std::fs::remove_file(&out);
-    let code = code?;
-    let summary: Summary = serde_json::from_slice(&json.context("the fuzzer left no result")?)
-        .context("the fuzzer's result")?;
+    let (summary, code): (Summary, u8) = json_from_guest(paths, "fuzz", options)?;
     judge(&summary, code)
 }
 

@@ -15,9 +15,32 @@ pub mod test;
 
 use crate::paths::Paths;
 use crate::ui;
+use crate::vm;
 use anyhow::{ensure, Context, Result};
+use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+/// Runs a program in a guest; the JSON that it writes to [`crate::guest::OUT_FILE`], and its status.
+pub fn json_from_guest<T: DeserializeOwned>(
+    paths: &Paths,
+    what: &str,
+    options: vm::Options,
+) -> Result<(T, u8)> {
+    let name = format!("fuse-restart-{what}-{}.json", std::process::id());
+    let out = std::env::temp_dir().join(name);
+    let options = vm::Options {
+        out: Some(out.clone()),
+        ..options
+    };
+    let code = vm::run(paths, &options);
+    let json = std::fs::read(&out);
+    let _ = std::fs::remove_file(&out);
+    let code = code?;
+    let json = json.with_context(|| format!("{what} left no result"))?;
+    let result = serde_json::from_slice(&json).with_context(|| format!("the result of {what}"))?;
+    Ok((result, code))
+}
 
 /// Builds `fuse-restart`, the program that is run in the guests.
 pub fn build_program(paths: &Paths, release: bool) -> Result<PathBuf> {

@@ -2,11 +2,11 @@
 //! A bounded share of the racing workload, in the guest that boots fastest, and that it finds what the journal is for.
 //! Documentation/race.md has the long runs.
 
-use super::{build_with_crash_points, test::Tally};
+use super::{build_with_crash_points, json_from_guest, test::Tally};
 use crate::guest::OUT_FILE;
 use crate::paths::Paths;
 use crate::vm::{self, BackendName, KernelName};
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use serde::Deserialize;
 use std::time::Duration;
 
@@ -41,7 +41,6 @@ pub fn run(paths: &Paths, tally: &mut Tally) {
 
 fn guest(paths: &Paths, options: &[&str]) -> Result<(Summary, u8)> {
     let program = build_with_crash_points(paths)?;
-    let out = std::env::temp_dir().join(format!("fuse-restart-race-{}.json", std::process::id()));
     let program = program.display().to_string();
     let mut argv = vec![program.as_str(), "race", "--seed", SEED, "--json", OUT_FILE];
     argv.extend(["--rounds", "50", "--operations", "60"]);
@@ -51,17 +50,10 @@ fn guest(paths: &Paths, options: &[&str]) -> Result<(Summary, u8)> {
         backend: BackendName::Uml,
         kernel: KernelName::Patched,
         timeout: Duration::from_secs(300),
-        out: Some(out.clone()),
         argv: argv.into_iter().map(str::to_owned).collect(),
         ..vm::Options::default()
     };
-    let code = vm::run(paths, &options);
-    let json = std::fs::read(&out);
-    let _ = std::fs::remove_file(&out);
-    let code = code?;
-    let json = json.context("the racing workload left no result")?;
-    let summary = serde_json::from_slice(&json).context("its result")?;
-    Ok((summary, code))
+    json_from_guest(paths, "race", options)
 }
 
 fn fine(summary: &Summary, code: u8) -> Result<()> {

@@ -2,12 +2,12 @@
 //! `fuse-restart scenario` in guests: one boot, many scenarios; its JSON is
 //! what counts, and the guest kernel's log has the last word.
 
-use super::{build_program, test::Tally};
+use super::{build_program, json_from_guest, test::Tally};
 use crate::guest::OUT_FILE;
 use crate::kernel::source;
 use crate::paths::Paths;
 use crate::vm::{self, BackendName, KernelName};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Deserialize;
 use std::time::Duration;
 
@@ -51,10 +51,6 @@ fn guest(
     summary: &mut Summary,
 ) -> Result<()> {
     let program = build_program(paths, false)?;
-    let out = std::env::temp_dir().join(format!(
-        "fuse-restart-scenarios-{}.json",
-        std::process::id()
-    ));
     // An emulator, and checkers on top of it, are slow, not broken.
     let patience = match (backend, kernel) {
         (BackendName::Uml, _) => "10",
@@ -79,17 +75,12 @@ fn guest(
         backend,
         kernel,
         timeout: Duration::from_secs(1200),
-        out: Some(out.clone()),
         env: vec![format!("FUSE_RESTART_KERNEL_SOURCE={}", tree.display())],
         argv,
         ..vm::Options::default()
     };
-    let code = vm::run(paths, &options);
-    let json = std::fs::read(&out);
-    let _ = std::fs::remove_file(&out);
-    let code = code?;
-    *summary = serde_json::from_slice(&json.context("the scenarios left no result")?)
-        .context("the scenarios' result")?;
+    let code;
+    (*summary, code) = json_from_guest(paths, "scenarios", options)?;
     // Failed scenarios are counted one by one; what is left is everything else.
     anyhow::ensure!(
         code == 0 || (code == 1 && summary.failed > 0),
