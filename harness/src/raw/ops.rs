@@ -34,6 +34,11 @@ pub fn fstat(fd: RawFd) -> Done<libc::statx> {
     statx(fd, c"", libc::AT_EMPTY_PATH | libc::AT_STATX_FORCE_SYNC)
 }
 
+/// The attributes of an open file, as far as they are valid those that the kernel has cached.
+pub fn fstat_cached(fd: RawFd) -> Done<libc::statx> {
+    statx(fd, c"", libc::AT_EMPTY_PATH | libc::AT_STATX_SYNC_AS_STAT)
+}
+
 fn statx(dir: RawFd, path: &std::ffi::CStr, flags: i32) -> Done<libc::statx> {
     // SAFETY: an all-zero statx is valid; the kernel fills it, and the path ends with a NUL.
     unsafe {

@@ -6,6 +6,7 @@ use anyhow::{ensure, Context, Result};
 use nix::fcntl::OFlag;
 
 use super::help::{enter, populated, still_serves, Phase};
+use super::lost::evict;
 use super::Scenario;
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
@@ -384,6 +385,13 @@ fn eviction(env: &Env<'_>) -> Result<()> {
                 kit.recover()?;
                 trap.go();
                 ensure!(kit.serve(&dropper)?, "drop_caches");
+            }
+            // What the recovery had in its hands is evicted by a worker, some time later.
+            for name in ["f0", "f1", "f2"] {
+                let node = kit.tree.child(ROOT, name).context(name)?;
+                evict(&mut kit, node).with_context(|| {
+                    format!("begun in {begin:?}, ended inside: {end_in_recovery}")
+                })?;
             }
             // Tree::forget refuses a FORGET of what this server does not count.
             kit.check_counts()

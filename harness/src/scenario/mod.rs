@@ -6,6 +6,7 @@
 
 mod aftermath;
 mod again;
+mod answer;
 mod background;
 mod bad_inode;
 mod bad_input;
@@ -128,7 +129,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 32] = [
+    let families: [fn() -> Vec<Scenario>; 33] = [
         bad_input::scenarios,
         replay::scenarios,
         resend::scenarios,
@@ -154,6 +155,7 @@ fn table() -> Vec<Scenario> {
         stale_data::scenarios,
         survive::scenarios,
         transit::scenarios,
+        answer::scenarios,
         late::scenarios,
         patience::scenarios,
         windows::scenarios,
