@@ -11,6 +11,7 @@
 //! * [`kernel`]: source, series, configuration, build, cache;
 //! * [`rfc`]: checks of each patch of the series.
 
+mod cargo_tool;
 mod cli;
 mod frame;
 mod guest;

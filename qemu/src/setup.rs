@@ -68,6 +68,7 @@ const PACKAGES: &[Package] = &[
     package(Need::Guest, "mount", "mount"),
     package(Need::Guest, "procps", "ps"),
     package(Need::Guest, "tar", "tar"),
+    package(Need::Guest, "sqlite3", "sqlite3"),
     package(Need::Guest, "systemd", "/lib/systemd/systemd"),
     package(Need::Rfc, "sparse", "sparse"),
     package(Need::Rfc, "rust-web-clippy", "/usr/bin/clippy-driver"),

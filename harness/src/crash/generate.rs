@@ -65,6 +65,7 @@ pub const FOCUSES: &[Focus] = &[
     focus("git", "", &[programs::git]),
     focus("sqlite", "", &[programs::sqlite]),
     focus("compile", "", &[programs::compile]),
+    focus("fsx", "", &[programs::fsx]),
 ];
 
 /// Long workloads of everything.

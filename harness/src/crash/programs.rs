@@ -24,6 +24,7 @@ pub fn needed(focus: &str) -> Option<&'static str> {
         "git" => "git",
         "sqlite" => "sqlite3",
         "compile" => "cc",
+        "fsx" => "fsx",
         _ => return None,
     })
 }
@@ -72,6 +73,19 @@ pub fn sqlite(d: &mut Draw) {
         "sqlite3 db.wal 'pragma journal_mode=wal; create table if not exists t(a integer primary key, b); \
          insert into t(b) values (zeroblob(5000)),(2),(3); update t set b=length(b); \
          pragma wal_checkpoint(truncate); insert into t(b) values (9); pragma integrity_check; select * from t'",
+    ]);
+    d.op(Op::Run(script));
+}
+
+pub fn fsx(d: &mut Draw) {
+    // Reads what it wrote in every way there is; an error ends it with what it had done.
+    let script = d.one_of(&[
+        "printf '[opsize]\nmax = 20000\n[weights]\nclose_open = 1\ninvalidate = 1\nfsync = 1\nsendfile = 2\n\
+         posix_fallocate = 2\npunch_hole = 2\ncopy_file_range = 3\n' > fsx.toml; \
+         fsx -f fsx.toml -N 150 -S 1 fsx.data; rm fsx.toml",
+        "printf 'nomsyncafterwrite = true\n[opsize]\nmax = 9000\n[weights]\nmapwrite = 20\nfdatasync = 2\n\
+         posix_fadvise = 1\n' > fsx.toml; fsx -f fsx.toml -N 200 -S 2 fsx.data; rm fsx.toml",
+        "fsx -N 150 -S 3 fsx.data",
     ]);
     d.op(Op::Run(script));
 }

@@ -2,14 +2,19 @@
 //! The toolchain: LLVM 19 and Debian's rustc for the kernel (rustup's has no
 //! library source), bindgen from crates.io in the cache.
 
+use crate::cargo_tool::CargoTool;
 use crate::paths::Paths;
-use crate::ui;
 use anyhow::{bail, Context, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const BINDGEN: &str = "0.73.2";
 const LIBCLANG: &str = "/usr/lib/llvm-19/lib";
+const BINDGEN: CargoTool = CargoTool {
+    name: "bindgen-cli",
+    version: "0.73.2",
+    program: "bindgen",
+    env: &[("LIBCLANG_PATH", LIBCLANG)],
+};
 
 pub struct Tools {
     bindgen: PathBuf,
@@ -20,38 +25,13 @@ pub struct Tools {
 impl Tools {
     /// Finds them, building bindgen on first use.
     pub fn set_up(paths: &Paths) -> Result<Tools> {
-        let root = paths.cache.join("tools");
-        let bindgen = root.join("bin/bindgen");
-        if version(&bindgen).ok().is_none_or(|v| !v.contains(BINDGEN)) {
-            ui::step(format!(
-                "building bindgen {BINDGEN} (crates.io, about a minute)"
-            ));
-            let mut c = Command::new("cargo");
-            c.args([
-                "install",
-                "bindgen-cli",
-                "--version",
-                BINDGEN,
-                "--locked",
-                "--force",
-                "--root",
-            ])
-            .arg(&root)
-            .env("CARGO_TARGET_DIR", root.join("target"))
-            .env("LIBCLANG_PATH", LIBCLANG);
-            ui::run_logged(
-                &mut c,
-                &paths.cache.join("logs/bindgen.log"),
-                "cargo install bindgen-cli",
-            )?;
-            let _ = std::fs::remove_dir_all(root.join("target"));
-        }
+        BINDGEN.ensure(paths)?;
         Self::find(paths)
     }
 
     /// Without setting anything up.
     pub fn find(paths: &Paths) -> Result<Tools> {
-        let bindgen = paths.cache.join("tools/bin/bindgen");
+        let bindgen = BINDGEN.path(paths);
         let mut id = String::new();
         for tool in [
             Path::new("clang-19"),

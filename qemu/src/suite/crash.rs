@@ -3,6 +3,7 @@
 //! Documentation/crash-matrix.md.
 
 use super::{build_with_crash_points, json_from_guest, test::Tally, with_crash_points};
+use crate::cargo_tool::FSX;
 use crate::guest::OUT_FILE;
 use crate::paths::Paths;
 use crate::vm::{self, BackendName, KernelName};
@@ -48,6 +49,7 @@ pub fn run(paths: &Paths, tally: &mut Tally) {
 }
 
 fn guest(paths: &Paths) -> Result<()> {
+    FSX.ensure(paths)?;
     let program = build_with_crash_points(paths)?;
     let argv = [
         &program.display().to_string(),

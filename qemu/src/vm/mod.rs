@@ -9,6 +9,7 @@ pub mod runner;
 pub mod uml;
 pub mod vng;
 
+use crate::cargo_tool;
 use crate::guest::{Channel, Job, JOB_KEY, MODULE_ENV, PORT};
 use crate::kernel::flavor::Flavor;
 use crate::paths::Paths;
@@ -251,6 +252,9 @@ pub fn job(
 ) -> Result<Job> {
     let cwd = std::env::current_dir().context("the current directory")?;
     let mut env = job_env(std::env::vars(), &opts.env)?;
+    if let Some((_, path)) = env.iter_mut().find(|(k, _)| k == "PATH") {
+        *path += &format!(":{}", cargo_tool::directory(paths).display());
+    }
     env.push(("FUSE_RESTART_GUEST".into(), backend.describe()));
     let home = std::env::var_os("HOME")
         .map(PathBuf::from)
