@@ -53,7 +53,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
 
 /// Never touches the mounted file system: its server may be dead.
 pub fn read(mountpoint: &Path) -> Result<Report> {
-    let absolute = absolute(mountpoint)?;
+    let absolute = mount::resolve(mountpoint)?;
     let keeper = keeper_status(&absolute)?;
     let (recovery, note) = match fusectl::ensure_mounted() {
         Err(e) => (None, Some(e)),
@@ -69,19 +69,6 @@ pub fn read(mountpoint: &Path) -> Result<Report> {
         recovery,
         note,
     })
-}
-
-/// Resolves symbolic links above the mount point, but does not look at the mount point itself.
-fn absolute(mountpoint: &Path) -> Result<PathBuf> {
-    let plain =
-        std::path::absolute(mountpoint).with_context(|| format!("{}", mountpoint.display()))?;
-    if mount::mount_at(&plain)?.is_some() {
-        return Ok(plain);
-    }
-    match (plain.parent().map(fs::canonicalize), plain.file_name()) {
-        (Some(Ok(parent)), Some(name)) => Ok(parent.join(name)),
-        _ => Ok(plain),
-    }
 }
 
 fn keeper_status(mountpoint: &Path) -> Result<Status> {

@@ -37,7 +37,7 @@ const RECOVERY: &[&str] = &[
 
 /// The names that stand where a focus can.
 pub fn names() -> Vec<&'static str> {
-    let special = ["adopt", "twice", "mixed", plan::MANY];
+    let special = ["adopt", "twice", "mixed", plan::KEEPER, plan::MANY];
     FOCUSES.iter().map(|f| f.name).chain(special).collect()
 }
 
@@ -66,7 +66,7 @@ pub struct Judged {
 /// Which workload a group has.
 fn focus_of(group: &Group) -> Result<&'static Focus> {
     let name = match group.focus.as_str() {
-        "mixed" => return Ok(&MIXED),
+        "mixed" | plan::KEEPER => return Ok(&MIXED),
         plan::MANY => return Ok(&MANY),
         "adopt" => "statfs",
         "twice" => {
@@ -183,7 +183,8 @@ impl<'a> Running<'a> {
 
     /// The cases in which the next instance dies as well, of one whose deaths are known.
     pub fn then(&mut self, first: &Judged) -> Vec<Case> {
-        if self.group.focus != "twice" || first.case.kills.len() != 1 {
+        let keeper = self.group.focus == plan::KEEPER;
+        if !(keeper || self.group.focus == "twice") || first.case.kills.len() != 1 {
             return Vec::new();
         }
         let kill = first.case.kills[0].clone();
@@ -193,7 +194,12 @@ impl<'a> Running<'a> {
             // A point can hold one order at a time.
             seen.since_death > 0 && (of == "recover" || of == opcode) && seen.name != kill.point
         });
-        let again: Vec<Seen> = again.cloned().collect();
+        let mut again: Vec<Seen> = again.cloned().collect();
+        if keeper {
+            // What a server is doing then matters less.
+            self.rng.shuffle(&mut again);
+            again.truncate(1);
+        }
         let mut cases = Vec::new();
         for seen in again {
             let nth = 1 + self.rng.below(seen.since_death as usize) as u64;

@@ -37,10 +37,16 @@ pub struct Setup<'a> {
     pub scratch: &'a Path,
 }
 
+/// What the keeper says of itself, and one that is kept by it.
+const EVENTS: &str = "events";
+const EVENTS_WITHIN: &str = "events-within";
+
 pub struct Kept<'a> {
     setup: &'a Setup<'a>,
     dir: PathBuf,
     keeper: Option<Child>,
+    /// The keeper has a keeper.
+    nested: bool,
     pub table: Table,
 }
 
@@ -75,10 +81,14 @@ impl<'a> Kept<'a> {
         for pair in kills.windows(2).filter(|_| !deaths.together) {
             table.arm_then(&pair[0].point, &pair[1].point, pair[1].nth)?;
         }
+        for kill in kills.iter().filter(|_| deaths.keeper) {
+            table.kill_the_keeper_at(&kill.point)?;
+        }
         let mut kept = Kept {
             setup,
             dir,
             keeper: None,
+            nested: deaths.keeper,
             table,
         };
         kept.keeper = Some(kept.spawn(dim, deaths.together)?);
@@ -92,17 +102,14 @@ impl<'a> Kept<'a> {
 
     fn spawn(&self, dim: &Dim, many: bool) -> Result<Child> {
         let said = fs::File::create(self.dir.join("said"))?;
-        Command::new(&self.setup.binary)
-            // An instance that was killed by the matrix did not fail: no back-off.
-            .args(["keep", "--allow-other", "--max-restarts", "1000"])
-            // Nor is a request to be blamed that is under way at many deaths.
-            .args(many.then_some("--max-tries=0"))
-            .args(["--stable-after", "0", "--mountpoint"])
-            .arg(self.mnt())
-            .arg("--json")
-            .arg(self.dir.join("events"))
-            .arg("--")
-            .arg(&self.setup.binary)
+        let mut command = Command::new(&self.setup.binary);
+        self.keep(&mut command, many, EVENTS);
+        command.arg(&self.setup.binary);
+        if self.nested {
+            self.keep(&mut command, many, EVENTS_WITHIN);
+            command.arg(&self.setup.binary);
+        }
+        command
             .args(["serve", "passthrough"])
             .args(dim.options())
             .args(self.setup.mode.options())
@@ -114,6 +121,20 @@ impl<'a> Kept<'a> {
             .stderr(said)
             .spawn()
             .context("cannot start the keeper")
+    }
+
+    /// The arguments of a keeper, up to what it keeps.
+    fn keep(&self, command: &mut Command, many: bool, events: &str) {
+        command
+            // An instance that was killed by the matrix did not fail: no back-off.
+            .args(["keep", "--allow-other", "--max-restarts", "1000"])
+            // Nor is a request to be blamed that is under way at many deaths.
+            .args(many.then_some("--max-tries=0"))
+            .args(["--stable-after", "0", "--mountpoint"])
+            .arg(self.mnt())
+            .arg("--json")
+            .arg(self.dir.join(events))
+            .arg("--");
     }
 
     pub fn mnt(&self) -> PathBuf {
@@ -175,7 +196,7 @@ impl<'a> Kept<'a> {
     /// Whether the instance that runs has nothing to do: every worker waits, for the kernel has nothing to say.
     pub fn idle(&self) -> Result<bool> {
         let report = self.status()?;
-        let Some(pid) = report.keeper.server_pid else {
+        let Some(pid) = self.server(&report)? else {
             return Ok(false);
         };
         for _ in 0..3 {
@@ -185,6 +206,23 @@ impl<'a> Kept<'a> {
             std::thread::sleep(Duration::from_micros(150));
         }
         Ok(workers_wait(pid))
+    }
+
+    /// The pid of the instance that runs.
+    fn server(&self, report: &status::Report) -> Result<Option<i32>> {
+        if !self.nested {
+            return Ok(report.keeper.server_pid);
+        }
+        let mut running = None;
+        for event in self.events(EVENTS_WITHIN)? {
+            match event {
+                Event::Started { pid, .. } => running = Some(pid),
+                // The last keeper did not live to see the end of its server.
+                Event::Died { .. } | Event::Adopted { .. } => running = None,
+                _ => {}
+            }
+        }
+        Ok(running)
     }
 
     pub fn wait_until_idle(&mut self) -> Result<()> {
@@ -204,7 +242,7 @@ impl<'a> Kept<'a> {
             keeper.deaths,
             keeper.last_exit.unwrap_or_default()
         );
-        for event in self.events()? {
+        for event in self.events(EVENTS)? {
             if let Event::Died { status, .. } = event {
                 ensure!(status.contains("SIGKILL"), "a server {status}");
             }
@@ -252,9 +290,12 @@ impl<'a> Kept<'a> {
             "the keeper ended with {status}: {}",
             self.tail()
         );
-        for event in self.events()? {
+        for event in self.all_events()? {
             match event {
-                Event::Unmounted { how } => ensure!(how == "clean", "unmounted {how}"),
+                Event::Unmounted { how } => {
+                    let by_its_keeper = self.nested && how == "from outside";
+                    ensure!(how == "clean" || by_its_keeper, "unmounted {how}");
+                }
                 Event::Busy { pids } => bail!("the mount was busy (pids {pids:?})"),
                 Event::GaveUp { reason } => bail!("the keeper gave up: {reason}"),
                 Event::Started { pid, .. } => ensure!(
@@ -275,8 +316,17 @@ impl<'a> Kept<'a> {
         Ok(())
     }
 
-    fn events(&self) -> Result<Vec<Event>> {
-        let text = fs::read_to_string(self.dir.join("events"))?;
+    /// Those of the keeper's keeper too.
+    fn all_events(&self) -> Result<Vec<Event>> {
+        let mut events = self.events(EVENTS)?;
+        if self.nested {
+            events.extend(self.events(EVENTS_WITHIN)?);
+        }
+        Ok(events)
+    }
+
+    fn events(&self, file: &str) -> Result<Vec<Event>> {
+        let text = fs::read_to_string(self.dir.join(file))?;
         // The last line may still be being written.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         let parse = |line| Ok(serde_json::from_str::<Record>(line)?.event);
@@ -329,7 +379,7 @@ impl<'a> Kept<'a> {
             let _ = keeper.kill();
             let _ = keeper.wait();
             // Its own children, by the pids that it reported; they are gone if it could end by itself.
-            for event in self.events().unwrap_or_default() {
+            for event in self.all_events().unwrap_or_default() {
                 if let Event::Started { pid, .. } = event {
                     let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
                 }

@@ -6,7 +6,7 @@
 //! next instance when it reaches `recover.replay` for the second.
 //!
 //! With the focus `many` all points are armed from the start, and every one that is reached is a death, of whichever
-//! instance.
+//! instance. With the focus `keeper` it is not the server that dies there but the keeper that has started it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -19,7 +19,7 @@ use super::dim::Dim;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Group {
     pub dim: Dim,
-    /// Name of a focus, or `adopt`, `many`, `mixed`, `twice`.
+    /// Name of a focus, or `adopt`, `keeper`, `many`, `mixed`, `twice`.
     pub focus: String,
     pub round: u64,
 }
@@ -47,12 +47,15 @@ pub struct Deaths<'a> {
     /// All are armed from the start, and those that are not reached do not matter if one is. Else each death arms the
     /// next, and all have to come.
     pub together: bool,
+    /// Not the server dies but its keeper; another one keeps that.
+    pub keeper: bool,
 }
 
 impl Deaths<'_> {
     pub const NONE: Deaths<'static> = Deaths {
         kills: &[],
         together: false,
+        keeper: false,
     };
 }
 
@@ -61,12 +64,15 @@ impl Case {
         Deaths {
             kills: &self.kills,
             together: self.group.focus == MANY,
+            keeper: self.group.focus == KEEPER,
         }
     }
 }
 
 /// The focus whose cases have many deaths.
 pub const MANY: &str = "many";
+/// The focus in whose cases the keeper dies.
+pub const KEEPER: &str = "keeper";
 
 impl Kill {
     pub fn new(point: &str, nth: u64) -> Kill {
@@ -142,6 +148,7 @@ mod tests {
             "t1-wt/mkdir/0/mkdir.mkdirat:1",
             "c4-wb/rename-over/17/rename.renameat2:3+recover.replay:2",
             "t4-wt/mixed/2/",
+            "t4-wt/keeper/2/write.intent:1+recover.end:1",
             "t1-wb/many/0/write.start:7+mkdir.reply:2+recover.replay:9",
         ] {
             assert_eq!(text.parse::<Case>().unwrap().to_string(), text);

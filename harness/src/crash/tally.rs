@@ -116,15 +116,16 @@ impl Tally {
         };
         let of_dim = self.cells.entry(case.group.dim.name.into()).or_default();
         let second = |n: usize| n > 0 && !case.deaths().together;
+        let of = if case.deaths().keeper { "keeper." } else { "" };
         for (n, kill) in died.iter().enumerate() {
             let then = if second(n) { "then " } else { "" };
-            let name = format!("{then}{}", kill.point);
+            let name = format!("{then}{of}{}", kill.point);
             of_dim.entry(name).or_default().crashes += 1;
         }
         let name = match (case.deaths().together, case.kills.len()) {
             (true, _) => "many.case".to_owned(),
-            (_, 1) => last.point.clone(),
-            _ => format!("then {}", last.point),
+            (_, 1) => format!("{of}{}", last.point),
+            _ => format!("then {of}{}", last.point),
         };
         of_dim.entry(name).or_default().add(verdict);
     }

@@ -19,7 +19,7 @@ const ARM: &str = "FUSE_RESTART_CRASH_ARM";
 /// Points in a table; there are a few hundred.
 const RECORDS: usize = 2048;
 /// Words of a record: state, reached, left, killed, reached at the last death, what to arm then (record + 1, and n),
-/// one to spare, then the name.
+/// whom to kill, then the name.
 const WORDS: usize = 16;
 const STATE: usize = 0;
 const REACHED: usize = 1;
@@ -28,6 +28,7 @@ const KILLED: usize = 3;
 const AT_DEATH: usize = 4;
 const THEN: usize = 5;
 const THEN_NTH: usize = 6;
+const VICTIM: usize = 7;
 const NAME: usize = 8;
 const NAME_MAX: usize = (WORDS - NAME) * 8 - 1;
 const LEN: usize = RECORDS * WORDS * 8;
@@ -36,6 +37,9 @@ const LEN: usize = RECORDS * WORDS * 8;
 const EMPTY: u64 = 0;
 const BEGUN: u64 = 1;
 const VALID: u64 = 2;
+
+/// Not the process that reaches the point is killed (0), but the one that has started it.
+const PARENT: u64 = 1;
 
 /// This process is killing itself.
 static DYING: AtomicBool = AtomicBool::new(false);
@@ -153,6 +157,14 @@ impl Table {
         Ok(())
     }
 
+    /// Whoever reaches `point` (`opcode.point`) does not kill itself but the keeper that has started it.
+    pub fn kill_the_keeper_at(&self, point: &str) -> io::Result<()> {
+        let full = || io::Error::other(format!("no room for the point {point}"));
+        let record = self.record(point).ok_or_else(full)?;
+        self.word(record, VICTIM).store(PARENT, Ordering::SeqCst);
+        Ok(())
+    }
+
     /// The death at `first` arms `second`, by name; both are `opcode.point`.
     pub fn arm_then(&self, first: &str, second: &str, nth: u64) -> io::Result<()> {
         let full = |name| io::Error::other(format!("no room for the point {name}"));
@@ -214,8 +226,12 @@ impl Table {
             DYING.store(true, Ordering::SeqCst);
             self.prepare_for_the_next(record);
             self.word(record, KILLED).fetch_add(1, Ordering::SeqCst);
-            // SAFETY: no memory is touched. The signal is delivered before the call returns.
-            unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+            match self.word(record, VICTIM).load(Ordering::SeqCst) {
+                // And goes on, until somebody sees to it that we are gone.
+                PARENT => kill_parent(),
+                // SAFETY: no memory is touched. The signal is delivered before the call returns.
+                _ => drop(unsafe { libc::kill(libc::getpid(), libc::SIGKILL) }),
+            }
         }
     }
 }
@@ -238,6 +254,19 @@ impl Table {
     }
 }
 
+/// Who has started us, as it was when the table was opened; not whoever adopted us since.
+static STARTED_BY: OnceLock<libc::pid_t> = OnceLock::new();
+
+fn kill_parent() {
+    // SAFETY: plain system calls. Our parent is dead or a zombie at worst, so its pid is nobody else's.
+    unsafe {
+        let parent = libc::getppid();
+        if STARTED_BY.get() == Some(&parent) && parent > 1 {
+            libc::kill(parent, libc::SIGKILL);
+        }
+    }
+}
+
 impl Drop for Table {
     fn drop(&mut self) {
         // SAFETY: mapped in `open` with this length; no reference into it outlives `self`.
@@ -256,6 +285,8 @@ pub(super) fn reach(opcode: &'static str, point: &'static str) {
 
 fn from_environment() -> Option<Table> {
     let path = std::env::var_os(VARIABLE)?;
+    // SAFETY: takes nothing, touches nothing.
+    STARTED_BY.get_or_init(|| unsafe { libc::getppid() });
     // A test that injects nothing must not look like one that passes.
     let table = Table::open(Path::new(&path))
         .unwrap_or_else(|e| panic!("{VARIABLE}={}: {e}", Path::new(&path).display()));
@@ -351,6 +382,39 @@ mod tests {
         table.reach("recover", "replay");
         let next = table.seen("recover", "replay");
         assert_eq!((next.left, next.reached, next.since_death), (1, 2, 1));
+    }
+
+    #[test]
+    fn an_armed_point_can_kill_who_has_started_the_server() {
+        use nix::sys::wait::{waitpid, WaitStatus};
+        use nix::unistd::{fork, ForkResult};
+        let dir = tempfile::tempdir().unwrap();
+        let table = Table::open(&dir.path().join("points")).unwrap();
+        table.arm("write", "pwrite", 1).unwrap();
+        table.kill_the_keeper_at("write.pwrite").unwrap();
+        // SAFETY: the children only touch the mapping and end.
+        let keeper = unsafe {
+            match fork().unwrap() {
+                ForkResult::Child => {
+                    if let Ok(ForkResult::Child) = fork() {
+                        STARTED_BY.get_or_init(|| libc::getppid());
+                        table.reach("write", "pwrite");
+                        table.reach("write", "end");
+                        libc::_exit(0);
+                    }
+                    libc::pause();
+                    libc::_exit(1)
+                }
+                ForkResult::Parent { child } => child,
+            }
+        };
+        let status = waitpid(keeper, None).unwrap();
+        let by_kill = nix::sys::signal::Signal::SIGKILL;
+        assert!(
+            matches!(status, WaitStatus::Signaled(_, signal, _) if signal == by_kill),
+            "{status:?}"
+        );
+        assert_eq!(table.seen("write", "pwrite").killed, 1);
     }
 
     #[test]

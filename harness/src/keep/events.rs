@@ -25,6 +25,11 @@ pub enum Event {
         mountpoint: String,
         connection: u32,
     },
+    /// Handed on by who holds the descriptors, and mounted already.
+    Adopted {
+        mountpoint: String,
+        connection: u32,
+    },
     Started {
         pid: i32,
         restarts: u64,
@@ -77,6 +82,8 @@ pub enum Event {
     Unmounted {
         how: String,
     },
+    /// The keeper ends; the mount stays with who holds the descriptors.
+    HandedBack,
 }
 
 /// The log; without a file it swallows everything.

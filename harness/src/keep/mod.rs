@@ -4,12 +4,13 @@
 //! The order that matters when a server dies: kill what is left of it, wait until that is *gone*, only then tell the
 //! kernel, then start the next one.  [`supervisor`] is that order; everything else here is a part of it:
 //!
-//! * [`mount`]: the mount and its checks; [`busy`]: who keeps it from being unmounted;
+//! * [`mount`]: the mount and its checks; [`adopted`]: a mount that somebody else keeps; [`busy`]: who keeps it from being unmounted;
 //! * [`spawn`]: one instance with its descriptors; [`remains`]: what it may leave behind;
 //! * [`tell`]: the notification; [`backoff`]: when to start the next one, and when to stop trying;
 //! * [`watchdog`]: a server that lives and does nothing;
 //! * [`events`], [`status_file`]: what others can see of it.
 
+mod adopted;
 pub mod backoff;
 pub mod busy;
 pub mod events;
@@ -42,9 +43,14 @@ Signals:
   SIGUSR1          hold restarts back: when the server ends (or if it is down now), applications wait
   SIGUSR2          restart again
 
-Example:
+A keeper that is itself started with such descriptors takes the mount over instead of making one, and leaves it when it
+ends: so one keeper can keep another, and either of the two may be killed except the outer one.
+
+Examples:
   fuse-restart keep --mountpoint /mnt -- fuse-restart serve passthrough /srv/data &
-  fuse-restart status /mnt")]
+  fuse-restart status /mnt
+  fuse-restart keep --mountpoint /mnt -- \\
+      fuse-restart keep --mountpoint /mnt -- fuse-restart serve passthrough /srv/data")]
 pub struct Args {
     /// An existing directory on which nothing is mounted
     #[arg(long, value_name = "DIR")]

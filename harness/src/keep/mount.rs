@@ -30,6 +30,13 @@ pub struct MountEntry {
     pub fstype: String,
 }
 
+impl MountEntry {
+    /// The directory of a FUSE connection carries the device number of its superblock; the major is 0.
+    pub fn connection(&self) -> u32 {
+        (self.major << 20) | self.minor
+    }
+}
+
 /// All mounts of our namespace, in the order in which they were mounted.
 pub fn mount_table() -> io::Result<Vec<MountEntry>> {
     let text = fs::read("/proc/self/mountinfo")?;
@@ -42,6 +49,19 @@ pub fn mount_table() -> io::Result<Vec<MountEntry>> {
 /// The topmost mount at exactly this path.
 pub fn mount_at(path: &Path) -> io::Result<Option<MountEntry>> {
     Ok(mount_table()?.into_iter().rfind(|m| m.mountpoint == path))
+}
+
+/// Resolves symbolic links above a mount point, but does not look at the mount point itself: nobody may serve it.
+pub fn resolve(mountpoint: &Path) -> Result<PathBuf> {
+    let plain =
+        std::path::absolute(mountpoint).with_context(|| format!("{}", mountpoint.display()))?;
+    if mount_at(&plain)?.is_some() {
+        return Ok(plain);
+    }
+    match (plain.parent().map(fs::canonicalize), plain.file_name()) {
+        (Some(Ok(parent)), Some(name)) => Ok(parent.join(name)),
+        _ => Ok(plain),
+    }
 }
 
 fn parse_mountinfo_line(line: &[u8]) -> Option<MountEntry> {
@@ -172,8 +192,7 @@ pub fn mount_fuse(device: &OwnedFd, mountpoint: &Path, options: &MountOptions) -
     })?;
     let entry = mount_at(mountpoint).context("reading /proc/self/mountinfo")?;
     match entry {
-        // The directory of a connection carries the device number of its superblock; the major is 0.
-        Some(m) => Ok((m.major << 20) | m.minor),
+        Some(m) => Ok(m.connection()),
         None => {
             let _ = umount2(mountpoint, MntFlags::MNT_DETACH);
             bail!("mounted on {shown}, but /proc/self/mountinfo does not show it; is /proc of another namespace?")
@@ -203,7 +222,7 @@ pub fn unmount_by_force(mountpoint: &Path) -> nix::Result<()> {
 pub fn still_mounted(mountpoint: &Path, connection: u32) -> bool {
     mount_table().is_ok_and(|t| {
         t.iter()
-            .any(|m| m.mountpoint == mountpoint && ((m.major << 20) | m.minor) == connection)
+            .any(|m| m.mountpoint == mountpoint && m.connection() == connection)
     })
 }
 

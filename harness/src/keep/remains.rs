@@ -182,8 +182,17 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        let _ = fs::remove_dir(&self.dir);
+        remove_groups(&self.dir);
     }
+}
+
+/// A keeper that was killed below us left groups of its own.
+fn remove_groups(dir: &Path) {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    for below in entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
+        remove_groups(&below.path());
+    }
+    let _ = fs::remove_dir(dir);
 }
 
 /// Every process that we see.

@@ -73,6 +73,22 @@ impl StatusFile {
         Err(last)
     }
 
+    /// Whether another keeper, which lives, tells how this mount is doing.
+    pub fn is_of_another(mountpoint: &Path) -> bool {
+        let name = file_name(mountpoint);
+        let read = |dir: PathBuf| fs::read(dir.join(&name)).ok();
+        directories()
+            .into_iter()
+            .find_map(read)
+            .and_then(|text| serde_json::from_slice::<Status>(&text).ok())
+            .is_some_and(|status| {
+                status.keeper_pid != std::process::id() as i32
+                    && Path::new("/proc")
+                        .join(status.keeper_pid.to_string())
+                        .exists()
+            })
+    }
+
     /// Atomic: a reader sees the old or the new one.
     pub fn write(&mut self, status: &Status) -> io::Result<()> {
         if self.written.as_ref() == Some(status) {

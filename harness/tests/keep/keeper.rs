@@ -82,7 +82,16 @@ impl Keeper {
         server: &[&str],
         adjust: impl FnOnce(&mut Command),
     ) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::start_in(tempfile::tempdir().unwrap(), options, server, adjust)
+    }
+
+    /// Mounts on the directory `mnt` of `dir`, which is made.
+    pub fn start_in(
+        dir: tempfile::TempDir,
+        options: &[&str],
+        server: &[&str],
+        adjust: impl FnOnce(&mut Command),
+    ) -> Self {
         fs::create_dir(dir.path().join("mnt")).unwrap();
         let stderr = fs::File::create(dir.path().join("stderr")).unwrap();
         let mut command = Command::new(BINARY);

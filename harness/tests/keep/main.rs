@@ -5,3 +5,4 @@ mod bad_input;
 #[macro_use]
 mod keeper;
 mod life;
+mod nested;

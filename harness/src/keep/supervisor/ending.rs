@@ -41,6 +41,10 @@ impl Supervisor {
         if !self.mounted {
             return Ok(());
         }
+        if self.borrowed {
+            self.hand_back();
+            return Ok(());
+        }
         if self.unmounter.running() {
             // It waits for somebody, and whoever sends this does not want to.
             return self.unmount_by_force();
@@ -114,6 +118,22 @@ impl Supervisor {
                 self.status.mountpoint
             ),
         }
+        self.end_server();
+    }
+
+    /// The server ends, and applications wait for the next one: the mount stays with who holds its descriptors.
+    fn hand_back(&mut self) {
+        self.mounted = false;
+        self.log.write(Event::HandedBack);
+        info!(
+            "asked to end; {} stays with who holds its descriptors",
+            self.status.mountpoint
+        );
+        self.end_server();
+    }
+
+    /// And we with it.
+    fn end_server(&mut self) {
         match &self.phase {
             Phase::Running(instance) => {
                 let pid = instance.pid;
@@ -130,14 +150,18 @@ impl Supervisor {
             reason: reason.clone(),
         });
         self.take_mount_away();
+        let rest = match self.borrowed {
+            true => "stays with who holds its descriptors",
+            false => "is unmounted",
+        };
         End::Failed(anyhow!(
-            "gave up: {reason}; {} is unmounted. What the server wrote to stderr is above; repair it and start the keeper again",
+            "gave up: {reason}; {} {rest}. What the server wrote to stderr is above; repair it and start the keeper again",
             self.status.mountpoint
         ))
     }
 
     pub(super) fn take_mount_away(&mut self) {
-        if std::mem::replace(&mut self.mounted, false) {
+        if std::mem::replace(&mut self.mounted, false) && !self.borrowed {
             match mount::unmount_by_force(&self.mountpoint) {
                 Ok(()) => self.log.write(Event::Unmounted {
                     how: "by force".into(),
@@ -152,7 +176,7 @@ impl Supervisor {
 }
 
 impl Drop for Supervisor {
-    /// However the keeper ends, no mount and no server stays behind.
+    /// However the keeper ends, no mount of its own and no server stays behind.
     fn drop(&mut self) {
         self.take_mount_away();
         if let Phase::Running(instance) = &self.phase {

@@ -6,21 +6,20 @@
 
 mod ending;
 mod hang;
+mod setup;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::signal::{kill, SigSet, SigmaskHow, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signal::{kill, Signal};
+use nix::sys::signalfd::SignalFd;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
-use rust_fuse_notify::std::state::State;
-use rust_fuse_notify::std::watched::MAX_TRIES_VARIABLE;
 use tracing::{info, warn};
 
 use super::backoff::{Backoff, Decision};
@@ -32,8 +31,8 @@ use super::status_file::{Status, StatusFile};
 use super::tell::{self, Told};
 use super::unmounter::Unmounter;
 use super::watchdog::Watchdog;
-use super::Args;
 use crate::fusectl;
+use setup::new_state;
 
 /// How long a server gets to end by itself when asked to.
 const GRACE: Duration = Duration::from_secs(10);
@@ -41,15 +40,6 @@ const GRACE: Duration = Duration::from_secs(10);
 const KILL_AGAIN: Duration = Duration::from_millis(20);
 /// How long until we say that something will not die.
 const COMPLAIN_AFTER: Duration = Duration::from_secs(5);
-
-const HANDLED: [Signal; 6] = [
-    Signal::SIGTERM,
-    Signal::SIGINT,
-    Signal::SIGHUP,
-    Signal::SIGUSR1,
-    Signal::SIGUSR2,
-    Signal::SIGCHLD,
-];
 
 enum Phase {
     Running(Instance),
@@ -86,6 +76,8 @@ pub struct Supervisor {
     state: OwnedFd,
     connection: u32,
     mounted: bool,
+    /// The mount is of who handed us its descriptors: not ours to take away or to make anew.
+    borrowed: bool,
     remains: Remains,
     backoff: Backoff,
     watchdog: Option<Watchdog>,
@@ -107,81 +99,6 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Everything that can be wrong with the command line or the machine shows here, before or with the first start.
-    pub fn set_up(args: &Args) -> Result<Self> {
-        let program = Program::new(&args.server)?
-            .with_variable(MAX_TRIES_VARIABLE, args.max_tries.to_string());
-        let mountpoint = mount::check_mountpoint(&args.mountpoint)?;
-        let log = EventLog::open(args.json.as_deref())?;
-        let signals = block_signals()?;
-        let device = mount::open_device()?;
-        let state = new_state()?;
-        if let Err(e) = fusectl::ensure_mounted() {
-            warn!("{e}; the keeper works without it, but `fuse-restart status` shows less");
-        }
-        let fsname = args.fsname.clone().unwrap_or_else(|| program.name().into());
-        let options = MountOptions {
-            fsname,
-            allow_other: args.allow_other,
-        };
-        // Whatever can fail comes before the mount.
-        let unmounter = Unmounter::new(mountpoint.clone())?;
-        let status_file = StatusFile::create(&mountpoint)
-            .inspect_err(|e| {
-                warn!("no status file: {e}; `fuse-restart status` will not find this mount")
-            })
-            .ok();
-        let connection = mount::mount_fuse(&device, &mountpoint, &options)?;
-        let status = Status {
-            mountpoint: mountpoint.display().to_string(),
-            keeper_pid: std::process::id() as i32,
-            keeper_state: "waiting".into(),
-            held_back: false,
-            server_pid: None,
-            server_command: shell_words(&args.server),
-            restarts: 0,
-            deaths: 0,
-            last_exit: None,
-            connection,
-            last_notification: None,
-        };
-        let mut keeper = Self {
-            program,
-            unmounter,
-            mountpoint,
-            options,
-            device,
-            state,
-            connection,
-            mounted: true,
-            remains: Remains::new(),
-            backoff: args.backoff(),
-            watchdog: args.watchdog(),
-            refused: 0,
-            phase: Phase::Waiting(None),
-            signals,
-            stop_requests: 0,
-            paused: false,
-            planned: false,
-            kill_at: None,
-            log,
-            status_file,
-            status,
-        };
-        keeper.log.write(Event::Mounted {
-            mountpoint: keeper.status.mountpoint.clone(),
-            connection,
-        });
-        // A first start that fails is a wrong command line, not a crash: no second try. Drop unmounts.
-        keeper.start()?;
-        info!(
-            "mounted {} (connection {connection}); what a dead server leaves is found by {}",
-            keeper.status.mountpoint,
-            keeper.remains.describe()
-        );
-        Ok(keeper)
-    }
-
     pub fn run(mut self) -> Result<ExitCode> {
         let end = loop {
             match self.turn() {
@@ -426,6 +343,10 @@ impl Supervisor {
                 self.take_mount_away();
                 return Ok(());
             }
+            Told::NeverInitialised if self.borrowed => bail!(
+                "the server died before it had answered INIT: whoever holds the descriptors of {} has to mount it afresh",
+                self.status.mountpoint
+            ),
             Told::NeverInitialised => {
                 return self.mount_afresh("the server died before it had answered INIT")
             }
@@ -530,19 +451,6 @@ impl Supervisor {
     }
 }
 
-fn block_signals() -> Result<SignalFd> {
-    let mut set = SigSet::empty();
-    HANDLED.iter().for_each(|s| set.add(*s));
-    nix::sys::signal::sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None)
-        .context("sigprocmask")?;
-    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")
-}
-
-/// The library decides how large it must be. It outlives every server, and dies with the keeper.
-fn new_state() -> Result<OwnedFd> {
-    State::create_memfd().context("memfd for the server's state")
-}
-
 fn readable(fd: &OwnedFd) -> bool {
     let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
@@ -559,12 +467,4 @@ fn describe(status: WaitStatus) -> String {
         }
         other => format!("ended: {other:?}"),
     }
-}
-
-fn shell_words(words: &[std::ffi::OsString]) -> String {
-    words
-        .iter()
-        .map(|w| w.to_string_lossy())
-        .collect::<Vec<_>>()
-        .join(" ")
 }
