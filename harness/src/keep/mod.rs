@@ -44,7 +44,7 @@ Signals:
   SIGUSR2          restart again
 
 A keeper that is itself started with such descriptors takes the mount over instead of making one, and leaves it when it
-ends: so one keeper can keep another, and either of the two may be killed except the outer one.
+ends.  So one keeper can keep another, which may then be killed; `status` shows the outer one, whose server is the inner.
 
 Examples:
   fuse-restart keep --mountpoint /mnt -- fuse-restart serve passthrough /srv/data &

@@ -7,7 +7,7 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::served::{wait_for, Kind, Scratch, Served};
+use crate::served::{wait_for, Kind, Scratch, Served, BINARY};
 
 fn served(dir: &Path, keeper: &[&str]) -> Option<Served> {
     if !nix::unistd::geteuid().is_root() {
@@ -91,6 +91,24 @@ fn a_request_that_kills_the_server_gets_eio_and_nothing_else_does() {
     // At least one death that told nothing (others ran too), and exactly two trials.
     let starts = served.starts();
     assert!((4..=12).contains(&starts), "{starts} starts:\n{said}");
+    served.unmount();
+}
+
+#[test]
+fn the_server_in_memory_is_guarded_like_that_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut variable = std::ffi::OsString::from("FUSE_RESTART_POISON=");
+    variable.push(dir.path());
+    let mut words = vec![std::ffi::OsStr::new("env"), &variable];
+    words.extend([BINARY, "serve", "mem", "--size", "16"].map(std::ffi::OsStr::new));
+    let Some(served) = Served::other(&words) else {
+        return;
+    };
+    let name = served.mnt().join("poison-crash");
+    let error = beside_four_others(&served, || fs::metadata(name).unwrap_err());
+    assert!(is_eio(&error), "{error}");
+    let said = served.stderr();
+    assert_eq!(refused(&said).len(), 1, "{said}");
     served.unmount();
 }
 

@@ -19,7 +19,7 @@ use fuser::{
 use rust_fuse_notify::std::state::Slot;
 use rust_fuse_notify::std::wire::FUSE_RESTARTABLE;
 
-use crate::crash_points::{begin, reach};
+use crate::crash_points::{begin, poison, reach};
 
 use super::attr::Attributes;
 use super::inode::{kind, Inode, Time};
@@ -132,6 +132,7 @@ impl fuser::Filesystem for Mem {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let _request = begin("lookup");
+        poison(name);
         entry(
             reply,
             self.0.lookup(parent.0, name).map(|inode| (inode, None)),

@@ -37,6 +37,7 @@ use fuser::{Session, SessionACL};
 use rust_fuse_notify::std::adopt::{Adopt, How};
 use rust_fuse_notify::std::listen;
 use rust_fuse_notify::std::state::{Config, State};
+use rust_fuse_notify::std::watched::Watched;
 use rust_fuse_notify::std::wire::Identity;
 
 use crate::crash_points;
@@ -91,7 +92,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut config = fuser::Config::default();
     config.acl = SessionACL::All;
     config.n_threads = Some(usize::from(args.threads));
-    let filesystem = fs::Mem(tree.clone());
+    let filesystem = Watched::new(fs::Mem(tree.clone()), state.clone());
     let mut recovery = Recovery { tree, differed: 0 };
     let adopting = crash_points::begin("recover");
     let adopted = Adopt::new(inherited.device, state)
