@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::keeper::{alive, is_mounted, wait_for, Keeper, BINARY};
 use nix::sys::signal::{kill, Signal};
@@ -97,6 +98,21 @@ fn a_keeper_may_be_killed_or_asked_to_end_and_the_mount_stays() {
         assert_eq!(fs::read(&path).unwrap(), vec![b'x'; n], "{end}");
     }
     drop(file);
+    // The status is that of the keeper that nobody killed.
+    let told = [
+        3,
+        i64::from(nested.inner(4)),
+        nested.outer.child.id().into(),
+    ];
+    wait_for("the outer keeper's status", || {
+        let status = Command::new(BINARY)
+            .args(["status", "--json"])
+            .arg(&mnt)
+            .output();
+        let status: Value = serde_json::from_slice(&status.unwrap().stdout).ok()?;
+        let fields = ["restarts", "server_pid", "keeper_pid"].map(|f| status[f].as_i64());
+        (fields == told.map(Some)).then_some(())
+    });
     let names = nested.names_within();
     assert_eq!(names.iter().filter(|n| *n == "adopted").count(), 4);
     assert!(!names.contains(&"mounted".into()), "{names:?}");
