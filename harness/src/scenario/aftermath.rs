@@ -12,7 +12,7 @@ use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::ops;
 use crate::raw::tree::Answer;
-use crate::raw::wire::{init, op, PollOut, ROOT};
+use crate::raw::wire::{init, notify, op, InvalInodeOut, PollOut, RetrieveOut, ROOT};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![
@@ -45,6 +45,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "aftermath/successor-same-generation",
             "a name leads to the successor even if it has nodeid and generation of the revoked inode",
             successor_same_generation,
+        ),
+        Scenario::series(
+            "aftermath/notified-by-nodeid",
+            "a notification about the nodeid of a revoked inode does not find it: it may be meant for a successor",
+            notified_by_nodeid,
         ),
         Scenario::series(
             "aftermath/bad-not-shown",
@@ -239,6 +244,39 @@ fn successor_same_generation(env: &Env<'_>) -> Result<()> {
     let stale = kit.run("read", move || ops::pread(old, 5, 0))?;
     expect_errno("the old descriptor", stale, Errno::EIO)?;
     kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+fn notified_by_nodeid(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    let f0 = kit.tree.child(ROOT, "f0").context("f0")?;
+    let old = open(&mut kit, "f0", OFlag::O_RDONLY)?;
+    // So that there is data that RETRIEVE could give away.
+    kit.run("read", move || ops::pread(old, 5, 0))??;
+    kit.settle()?;
+    kit.recover_with(&mut |_, r| (r.nodeid == f0).then_some(Answer::Err(libc::ESTALE)))?;
+    kit.wait_serving()?;
+    let inval = InvalInodeOut {
+        ino: f0,
+        off: 0,
+        len: 0,
+    };
+    let retrieve = RetrieveOut {
+        notify_unique: 1,
+        nodeid: f0,
+        offset: 0,
+        size: 5,
+        padding: 0,
+    };
+    for (what, said) in [
+        (
+            "INVAL_INODE",
+            kit.dev.notify(notify::INVAL_INODE, &inval, &[]),
+        ),
+        ("RETRIEVE", kit.dev.notify(notify::RETRIEVE, &retrieve, &[])),
+    ] {
+        expect_errno(what, said, Errno::ENOENT)?;
+    }
     still_serves(&mut kit)
 }
 

@@ -212,6 +212,25 @@ no | `a` | `b` |
         assert_eq!(rows(text), [wanted]);
     }
 
+    /// A mutant that the tests-only patch lost would change nothing, and its scenario pass.
+    #[test]
+    fn every_mutant_of_the_table_is_somewhere_in_the_code() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+        let patch = read("patches/7.3-tests/0001-fuse-traps-and-mutants.patch");
+        let table = rows(&read("../Documentation/traps.md"));
+        assert!(table.len() > 80);
+        for Row { mutant, .. } in table {
+            let uses = [
+                format!("fuse_mutant({mutant})"),
+                format!("fuse_mutant_FUSE_MUTANT_{mutant})"),
+            ];
+            let used = |line: &str| line.starts_with('+') && uses.iter().any(|u| line.contains(u));
+            let somewhere = patch.lines().any(used);
+            assert!(somewhere, "no hunk is taken out by {mutant}");
+        }
+    }
+
     #[test]
     fn only_a_failure_notices() {
         let json = |verdict: &str| {
