@@ -42,7 +42,9 @@ pub const OFF: Variant = Variant {
 };
 pub const NO_RUST: Variant = Variant {
     name: "no-rust",
-    config: "# CONFIG_RUST is not set\nCONFIG_FUSE_FS=y\nCONFIG_CUSE=y\nCONFIG_VIRTIO_FS=y\nCONFIG_FUSE_DAX=y\n\
+    config:
+        "# CONFIG_RUST is not set\n# CONFIG_RUST_OVERFLOW_CHECKS is not set\nCONFIG_FUSE_FS=y\nCONFIG_CUSE=y\n\
+        CONFIG_VIRTIO_FS=y\nCONFIG_FUSE_DAX=y\n\
         CONFIG_FUSE_PASSTHROUGH=y\nCONFIG_FUSE_IO_URING=y\n",
 };
 pub const BARE: Variant = Variant {
