@@ -16,6 +16,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
@@ -324,6 +325,8 @@ fn prune(kernels: &Path, name: &str, keep: usize) {
     }
 }
 
+/// At low priority, and ended with this process: a make(1) that outlives it would
+/// go on in a directory that the next run uses.
 pub fn nice(c: Command) -> Command {
     let mut n = Command::new("nice");
     n.arg(c.get_program()).args(c.get_args());
@@ -332,6 +335,18 @@ pub fn nice(c: Command) -> Command {
     }
     n.env_clear();
     n.envs(c.get_envs().filter_map(|(k, v)| Some((k, v?))));
+    let parent = nix::unistd::getpid();
+    // SAFETY: prctl(2) and getppid(2) only, both async-signal-safe.
+    unsafe {
+        n.pre_exec(move || {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGTERM)?;
+            // It may have died before that.
+            if nix::unistd::getppid() != parent {
+                return Err(nix::errno::Errno::ESRCH.into());
+            }
+            Ok(())
+        });
+    }
     n
 }
 
@@ -485,5 +500,19 @@ mod tests {
         prune(dir.path(), "uml", 1);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
         assert!(dir.path().join("uml-stock-000000000003").exists());
+    }
+
+    #[test]
+    fn a_make_does_not_outlive_who_started_it() {
+        use std::os::unix::process::ExitStatusExt;
+        // The signal comes when the thread ends that started it, as when all do.
+        let start = || {
+            let mut sleep = Command::new("sleep");
+            sleep.arg("600");
+            nice(sleep).spawn()
+        };
+        let mut child = std::thread::spawn(start).join().unwrap().unwrap();
+        let status = child.wait().unwrap();
+        assert_eq!(status.signal(), Some(nix::libc::SIGTERM));
     }
 }
