@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! `fuse-restart status`: what the keeper says of a mount, together with what the kernel says of its recoveries.
 
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -73,13 +72,9 @@ pub fn read(mountpoint: &Path) -> Result<Report> {
 
 fn keeper_status(mountpoint: &Path) -> Result<Status> {
     let shown = mountpoint.display();
-    let name = status_file::file_name(mountpoint);
-    let places = status_file::directories();
-    let found = places
-        .iter()
-        .map(|d| d.join(&name))
-        .find_map(|p| fs::read(&p).ok().map(|text| (p, text)));
-    let Some((path, text)) = found else {
+    let Some((path, text)) = status_file::find(mountpoint) else {
+        let name = status_file::file_name(mountpoint);
+        let places = status_file::directories();
         let there = mount::mount_at(mountpoint).context("reading /proc/self/mountinfo")?;
         match there {
             None => bail!("nothing is mounted on {shown}; start a keeper: fuse-restart keep --mountpoint {shown} -- SERVER"),
@@ -92,9 +87,7 @@ fn keeper_status(mountpoint: &Path) -> Result<Status> {
     };
     let status: Status = serde_json::from_slice(&text)
         .with_context(|| format!("status file {} is damaged; remove it", path.display()))?;
-    let alive = Path::new("/proc")
-        .join(status.keeper_pid.to_string())
-        .exists();
+    let alive = status.keeper_lives();
     if !alive || !mount::still_mounted(mountpoint, status.connection) {
         bail!(
             "{} is left over from a keeper (pid {}) that {}; remove it, and if a dead mount is on {shown}: umount -l {shown}",

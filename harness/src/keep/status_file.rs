@@ -50,6 +50,23 @@ pub fn file_name(mountpoint: &Path) -> String {
     format!("{}.json", escape(mountpoint))
 }
 
+/// The first status file of a mount that there is, and what is in it.
+pub fn find(mountpoint: &Path) -> Option<(PathBuf, Vec<u8>)> {
+    let name = file_name(mountpoint);
+    directories().into_iter().find_map(|dir| {
+        let path = dir.join(&name);
+        fs::read(&path).ok().map(|text| (path, text))
+    })
+}
+
+impl Status {
+    pub fn keeper_lives(&self) -> bool {
+        Path::new("/proc")
+            .join(self.keeper_pid.to_string())
+            .exists()
+    }
+}
+
 /// Writes and at the end removes one status file.
 pub struct StatusFile {
     path: PathBuf,
@@ -75,17 +92,10 @@ impl StatusFile {
 
     /// Whether another keeper, which lives, tells how this mount is doing.
     pub fn is_of_another(mountpoint: &Path) -> bool {
-        let name = file_name(mountpoint);
-        let read = |dir: PathBuf| fs::read(dir.join(&name)).ok();
-        directories()
-            .into_iter()
-            .find_map(read)
-            .and_then(|text| serde_json::from_slice::<Status>(&text).ok())
+        find(mountpoint)
+            .and_then(|(_, text)| serde_json::from_slice::<Status>(&text).ok())
             .is_some_and(|status| {
-                status.keeper_pid != std::process::id() as i32
-                    && Path::new("/proc")
-                        .join(status.keeper_pid.to_string())
-                        .exists()
+                status.keeper_pid != std::process::id() as i32 && status.keeper_lives()
             })
     }
 

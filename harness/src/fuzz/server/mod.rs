@@ -410,6 +410,9 @@ impl<'k, 'e> Server<'k, 'e> {
     fn notified(&mut self, result: Result<(), Errno>, code: i32) -> Result<()> {
         if code == notify::RESEND && result.is_ok() {
             self.last_id = None;
+            // What a recovery has sent again keeps its id when it is sent once more, so the first
+            // answer to it is taken, whichever of the two messages it is for.
+            self.pool.retain(|kept| kept.m.unique() & wire::UNIQUE_RESEND == 0);
             for kept in &mut self.pool {
                 kept.stale = true;
             }
