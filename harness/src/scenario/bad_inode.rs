@@ -40,7 +40,7 @@ pub fn scenarios() -> Vec<Scenario> {
         ("mkdir-in", |t| ops::mkdir(&t.dir.join("new"))),
     ];
     // These it does not: a patch of its own at the front of the series.
-    let fixed: [(&str, Try); 9] = [
+    let fixed: [(&str, Try); 12] = [
         ("lseek", |t| ops::seek_data(t.bad, 0).map(drop)),
         ("fallocate", |t| ops::fallocate(t.bad, 0, 100)),
         ("copy-from", |t| {
@@ -50,6 +50,14 @@ pub fn scenarios() -> Vec<Scenario> {
             ops::copy_file_range(t.good, t.bad, 10).map(drop)
         }),
         ("setlk", |t| ops::lock(t.bad)),
+        ("getlk", |t| getlk(t.bad)),
+        ("statfs", |t| {
+            let path = format!("/proc/self/fd/{}", t.bad);
+            nix::sys::statfs::statfs(path.as_str()).map(drop)
+        }),
+        ("tmpfile", |t| {
+            ops::open(&t.dir, OFlag::O_TMPFILE | OFlag::O_RDWR).map(drop)
+        }),
         ("splice-read", |t| ops::splice_read(t.bad, 10).map(drop)),
         ("poll", |t| match ops::poll_now(t.bad)? & libc::POLLERR {
             0 => Ok(()),
@@ -106,6 +114,15 @@ pub fn scenarios() -> Vec<Scenario> {
         handle,
     ));
     all
+}
+
+fn getlk(fd: std::os::fd::RawFd) -> Done<()> {
+    // SAFETY: an all-zero flock is valid; it lives until the call returns.
+    unsafe {
+        let mut lock: libc::flock = std::mem::zeroed();
+        lock.l_type = libc::F_WRLCK as i16;
+        Errno::result(libc::fcntl(fd, libc::F_GETLK, &mut lock)).map(drop)
+    }
 }
 
 /// Makes the node bad in the kernel's eyes: the next GETATTR of `path` tells another type.

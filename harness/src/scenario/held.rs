@@ -44,6 +44,11 @@ pub fn scenarios() -> Vec<Scenario> {
             evictions,
         ),
         Scenario::series(
+            "held/last-reference",
+            "an inode that only the recovery refers to is evicted after COMMIT, and its count comes back once",
+            last_reference,
+        ),
+        Scenario::series(
             "held/notifications",
             "other notifications are EBUSY until COMMIT, POLL is not",
             notifications,
@@ -260,6 +265,42 @@ fn evictions(env: &Env<'_>) -> Result<()> {
             .with_context(|| format!("in {phase:?}"))?;
     }
     Ok(())
+}
+
+/// Drops the caches while the replay of a file is out, so that the recovery has the last reference to it.
+fn last_reference(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 1)?;
+    let node = kit.tree.child(ROOT, "f0").context("f0")?;
+    let count = kit.tree.node(node).nlookup;
+    kit.restarted()?;
+    let root = kit.confirm_root()?;
+    let (m, replay) = kit.next_replay()?;
+    ensure!(replay.nodeid == node, "{m} is no replay of f0");
+    std::fs::write("/proc/sys/vm/drop_caches", "2").context("drop_caches")?;
+    ensure!(
+        !kit.readable()?,
+        "something can be read while the last replay is out"
+    );
+    kit.confirm(&m, &replay)?;
+    let mut recovered = kit.answer_replays(&mut |_, _| None)?;
+    ensure!(
+        (recovered.report.replayed, recovered.report.confirmed) == (2, 2),
+        "{:?}",
+        recovered.report
+    );
+    recovered.replays.extend([root, replay]);
+    kit.commit(&recovered)?;
+    // Nobody drops caches again: that it goes now is the recovery's doing.
+    kit.serve_until("FORGET of what only the recovery referred to", |kit| {
+        Ok(kit.forgotten.iter().any(|f| f.nodeid == node))
+    })?;
+    let given_back: Vec<u64> = (kit.forgotten.iter())
+        .filter(|f| f.nodeid == node)
+        .map(|f| f.nlookup)
+        .collect();
+    ensure!(given_back == [count], "{given_back:?}, not [{count}]");
+    kit.check_counts()?;
+    still_serves(&mut kit)
 }
 
 /// Every notification but POLL and RESTARTED, with what it answers when it is accepted.

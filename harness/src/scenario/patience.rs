@@ -39,6 +39,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "request timeouts do not count what a recovery took",
             clocks,
         ),
+        Scenario::series(
+            "time/for-ever",
+            "a server that recovers again and again and answers nothing is given up in time",
+            for_ever,
+        ),
     ]
 }
 
@@ -138,4 +143,54 @@ fn clocks(env: &Env<'_>) -> Result<()> {
     kit.answer(&new)?;
     ensure!(kit.serve(&app)? == Ok(()), "stat");
     still_serves(&mut kit)
+}
+
+/// Whole recoveries, each within every limit, and the next begins before the kernel looks at its clocks.
+fn for_ever(env: &Env<'_>) -> Result<()> {
+    const TIMEOUT: Duration = Duration::from_secs(15);
+    const RECOVERY: Duration = Duration::from_secs(4);
+    let _knob = Knob::set(DEFAULT_REQUEST, "15")?;
+    let mut kit = populated(env, 3)?;
+    let app = kit.on("stat", "f0", |p| ops::stat(p).map(drop))?;
+    kit.until_op(op::GETATTR)?;
+    let start = Instant::now();
+    let mut recoveries = 0;
+    while !app.done() {
+        let elapsed = start.elapsed();
+        // The first recovery restarts the clock, and the end of another sees that it has run out.
+        ensure!(
+            elapsed < RECOVERY + TIMEOUT + RECOVERY + kit.patience,
+            "{elapsed:?} and {recoveries} recoveries after stat() was read it still waits"
+        );
+        let Err(e) = one_slow_recovery(&mut kit, RECOVERY) else {
+            recoveries += 1;
+            continue;
+        };
+        ensure!(
+            kit.dev.probe() != Errno::ESTALE,
+            "recovery {recoveries}: {e:#}"
+        );
+        let deadline = Instant::now() + kit.patience;
+        while !app.done() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    let elapsed = start.elapsed();
+    ensure!(
+        elapsed >= TIMEOUT && recoveries > 2,
+        "aborted after {elapsed:?} and {recoveries} recoveries already"
+    );
+    let result = app.take().context("the result")?;
+    ensure!(
+        matches!(result, Err(Errno::ECONNABORTED | Errno::ENOTCONN)),
+        "stat gave {result:?}"
+    );
+    Ok(())
+}
+
+fn one_slow_recovery(kit: &mut Kit<'_>, time: Duration) -> Result<()> {
+    kit.restarted()?;
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    std::thread::sleep(time);
+    kit.commit(&recovered)
 }

@@ -12,6 +12,7 @@ use crate::vm::{self, BackendName, KernelName};
 use anyhow::{ensure, Context, Result};
 use clap::Args;
 use serde::Deserialize;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -21,7 +22,8 @@ use std::time::Duration;
 /// Documentation/traps.md has a table: trap, scenario, mutant, hunk, what happens
 /// without it. For each row a guest boots the kernel `mutants`, in which every
 /// such hunk can be switched off, switches that one off and runs the scenario.
-/// A scenario that passes guards nothing: that is an error.
+/// A scenario that passes guards nothing, and one that fails with every hunk in
+/// its place shows nothing: both are errors.
 ///
 /// Examples:
 ///   scripts/mutants                      # all: some 10 seconds each
@@ -62,6 +64,8 @@ struct Summary {
 
 #[derive(Deserialize)]
 struct Outcome {
+    #[serde(default)]
+    name: String,
     verdict: String,
     reason: String,
 }
@@ -92,7 +96,13 @@ pub fn run(paths: &Paths, args: &MutantsArgs) -> Result<ExitCode> {
     }
     let program = build_program(paths, false)?;
     let mut wrong = Vec::new();
+    let broken = without_mutant(paths, &program, &rows)?;
     for row in &rows {
+        if broken.contains(&row.scenario) {
+            ui::step(format!("{}: {} fails anyway", row.mutant, row.scenario));
+            wrong.push(row.mutant.as_str());
+            continue;
+        }
         let verdict = one(paths, &program, row)?;
         match &verdict {
             Verdict::Noticed(how) => {
@@ -137,6 +147,38 @@ fn rows(text: &str) -> Vec<Row> {
             })
         })
         .collect()
+}
+
+/// Runs all scenarios with every hunk in its place; those that do not pass.
+fn without_mutant(paths: &Paths, program: &Path, rows: &[Row]) -> Result<BTreeSet<String>> {
+    let names: BTreeSet<String> = rows.iter().map(|r| r.scenario.clone()).collect();
+    ui::step(format!("{} scenarios without a mutant", names.len()));
+    let mut argv = vec![program.display().to_string()];
+    argv.extend(["scenario", "--limit", "70", "--json", OUT_FILE].map(str::to_owned));
+    argv.extend(names.iter().cloned());
+    let options = vm::Options {
+        backend: BackendName::Uml,
+        kernel: KernelName::Mutants,
+        timeout: Duration::from_secs(900),
+        quiet: true,
+        argv,
+        ..vm::Options::default()
+    };
+    let (told, code): (Summary, u8) = super::json_from_guest(paths, "mutants", options)?;
+    ensure!(
+        code != vm::EXIT_REPORT,
+        "the kernel complains although every hunk is in its place"
+    );
+    Ok(did_not_pass(names, &told))
+}
+
+fn did_not_pass(mut names: BTreeSet<String>, told: &Summary) -> BTreeSet<String> {
+    for outcome in &told.scenarios {
+        if outcome.verdict == "pass" {
+            names.remove(&outcome.name);
+        }
+    }
+    names
 }
 
 fn one(paths: &Paths, program: &Path, row: &Row) -> Result<Verdict> {
@@ -229,6 +271,48 @@ no | `a` | `b` |
             let somewhere = patch.lines().any(used);
             assert!(somewhere, "no hunk is taken out by {mutant}");
         }
+    }
+
+    /// A row's "N: FILE[:FUNCTION()]" must be in patch N, or it leads a reader nowhere.
+    #[test]
+    fn every_hunk_of_the_table_is_in_its_patch() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let text = std::fs::read_to_string(root.join("Documentation/traps.md")).unwrap();
+        let patches: Vec<_> = std::fs::read_dir(root.join("kernel-patches/7.3"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect();
+        let mut wrong = Vec::new();
+        for line in text.lines().filter(|l| rows(l).len() == 1) {
+            let hunk = line.split('|').nth(4).unwrap().trim();
+            let (number, place) = hunk.split_once(": ").expect(hunk);
+            let (file, function) = place.split_once(':').unwrap_or((place, ""));
+            let prefix = format!("{number:0>4}-");
+            let named = |p: &&std::path::PathBuf| {
+                p.file_name()
+                    .is_some_and(|n| n.to_string_lossy().starts_with(&prefix))
+            };
+            let patch = patches.iter().find(named).expect(hunk);
+            let patch = std::fs::read_to_string(patch).unwrap();
+            let header = format!("diff --git a/fs/fuse/{file} ");
+            let diff = patch
+                .split("\ndiff --git ")
+                .map(|d| format!("diff --git {d}"));
+            let of_file: String = diff.filter(|d| d.starts_with(&header)).collect();
+            if of_file.is_empty() || !of_file.contains(function.trim_end_matches("()")) {
+                wrong.push(hunk);
+            }
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    }
+
+    #[test]
+    fn who_fails_anyway_shows_nothing() {
+        let json = r#"{"scenarios":[{"name":"a/x","verdict":"pass","reason":""},
+            {"name":"a/y","verdict":"fail","reason":""}]}"#;
+        let names = ["a/x", "a/y", "a/z"].map(str::to_owned).into();
+        let broken = did_not_pass(names, &serde_json::from_str(json).unwrap());
+        assert_eq!(broken, ["a/y", "a/z"].map(str::to_owned).into());
     }
 
     #[test]

@@ -226,6 +226,11 @@ pub fn job_env(
 /// Builds the kernel if need be, boots it, runs the command; gives the exit
 /// status for our caller.
 pub fn run(paths: &Paths, opts: &Options) -> Result<u8> {
+    Ok(run_to_end(paths, opts)?.code)
+}
+
+/// The same, and how often the kernel complained.
+pub fn run_to_end(paths: &Paths, opts: &Options) -> Result<runner::Ended> {
     let (backend, flavor) = resolve(opts.backend, opts.kernel, opts.icount)?;
     let kernel = crate::kernel::ensure(paths, flavor)?;
     let boxed: Box<dyn Backend> = match backend {

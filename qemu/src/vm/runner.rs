@@ -48,6 +48,8 @@ pub struct Outcome {
     pub end: End,
     /// What the kernel or a checker said, ready to print.
     pub reports: Vec<String>,
+    /// How many there are: headlines in the kernel's log, leaks, and the rest of `reports`.
+    pub complaints: usize,
     pub log_tail: String,
 }
 
@@ -65,8 +67,16 @@ impl Outcome {
     }
 }
 
+/// How a run ended, for who wants more than its status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    pub code: u8,
+    /// Of the kernel and its checkers.
+    pub complaints: usize,
+}
+
 /// Boots, runs, prints what is to be said, keeps the log of a failed run.
-pub fn run(paths: &Paths, opts: &Options, backend: &dyn Backend, kernel: &Built) -> Result<u8> {
+pub fn run(paths: &Paths, opts: &Options, backend: &dyn Backend, kernel: &Built) -> Result<Ended> {
     if !opts.quiet {
         let limit = ui::clock(opts.timeout);
         eprintln!(
@@ -101,7 +111,10 @@ pub fn run(paths: &Paths, opts: &Options, backend: &dyn Backend, kernel: &Built)
         ),
         End::Signal(s) => eprintln!("vm: signal {s}: the guest was killed"),
     }
-    Ok(outcome.exit_code())
+    Ok(Ended {
+        code: outcome.exit_code(),
+        complaints: outcome.complaints,
+    })
 }
 
 /// The same without a word.
@@ -206,7 +219,9 @@ fn line(backend: &dyn Backend, run_dir: &Path) -> Result<(File, Option<OwnedFd>)
 
 fn judge(end: End, log: &str, checkers: Vec<String>, log_path: &Path) -> Outcome {
     let mut reports = Vec::new();
+    let mut more_headlines = 0;
     if let Some(s) = splat::find(log) {
+        more_headlines = s.headlines.len() - 1;
         let more = match s.headlines.len() {
             1 => String::new(),
             n => format!(
@@ -241,6 +256,7 @@ fn judge(end: End, log: &str, checkers: Vec<String>, log_path: &Path) -> Outcome
     let log_tail = lines[lines.len().saturating_sub(30)..].join("\n");
     Outcome {
         end,
+        complaints: reports.len() + more_headlines,
         reports,
         log_tail,
     }

@@ -412,7 +412,8 @@ impl<'k, 'e> Server<'k, 'e> {
             self.last_id = None;
             // What a recovery has sent again keeps its id when it is sent once more, so the first
             // answer to it is taken, whichever of the two messages it is for.
-            self.pool.retain(|kept| kept.m.unique() & wire::UNIQUE_RESEND == 0);
+            self.pool
+                .retain(|kept| kept.m.unique() & wire::UNIQUE_RESEND == 0);
             for kept in &mut self.pool {
                 kept.stale = true;
             }
