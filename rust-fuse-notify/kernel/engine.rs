@@ -240,6 +240,10 @@ impl Engine {
 
     /// Sends the root, alone.
     fn send_root(&self, state: &mut State) {
+        // Whatever lands of an older epoch kicks.
+        if state.window.in_flight() >= SLOTS as u32 {
+            return;
+        }
         let epoch = state.machine.epoch();
         let Some(root) = self.restart.root(epoch) else {
             return;

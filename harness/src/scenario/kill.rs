@@ -11,6 +11,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
 use super::help::{enter, expect_resent, populated, still_serves, Phase, PHASES};
+use super::waits::flushed_then_released;
 use super::Scenario;
 use crate::raw::app::{state, Proc};
 use crate::raw::env::Env;
@@ -188,6 +189,7 @@ fn open_file(env: &Env<'_>) -> Result<()> {
         enter(&mut kit, phase)?;
         dies(&kit, &mut app, &format!("with an open file in {phase:?}"))?;
         kit.recover()?;
+        flushed_then_released(&mut kit)?;
         still_serves(&mut kit)?;
     }
     Ok(())

@@ -36,6 +36,11 @@ pub fn scenarios() -> Vec<Scenario> {
             flush_unread,
         ),
         Scenario::series(
+            "kill/exit",
+            "a task that exits by itself does not wait either, and the next server gets its FLUSH",
+            exit_while_held,
+        ),
+        Scenario::series(
             "kill/flush-after-signal",
             "a close() that an ordinary signal has disturbed can still be killed",
             flush_after_signal,
@@ -114,7 +119,51 @@ fn flush_unread(env: &Env<'_>) -> Result<()> {
     kit.restarted()?;
     gone(&kit, &mut app, "whose FLUSH nobody had read at RESTARTED")?;
     kit.recover()?;
+    flushed_then_released(&mut kit)?;
     still_serves(&mut kit)
+}
+
+fn exit_while_held(env: &Env<'_>) -> Result<()> {
+    for read in [false, true] {
+        let mut kit = populated(env, 3)?;
+        let (wait, go) = nix::unistd::pipe()?;
+        let (mut app, _told) = with_open_file(&mut kit, "f0", |_| {
+            let _ = nix::unistd::read(wait.as_fd(), &mut [0]);
+            0
+        })?;
+        let exits = || nix::unistd::write(&go, b"!").map(drop);
+        if read {
+            // The dead server had read its FLUSH.
+            exits()?;
+            kit.until_op(op::FLUSH)?;
+            kit.restarted()?;
+        } else {
+            kit.restarted()?;
+            exits()?;
+        }
+        gone(&kit, &mut app, "which had exited by itself")?;
+        kit.recover()?;
+        flushed_then_released(&mut kit)?;
+        kit.check_counts()?;
+        still_serves(&mut kit)?;
+    }
+    Ok(())
+}
+
+/// What a task left behind is sent, once, and its file is not released before that is answered.
+pub(super) fn flushed_then_released(kit: &mut Kit<'_>) -> Result<()> {
+    let first = kit.until_op(op::FLUSH)?;
+    ensure!(
+        !kit.readable()?,
+        "something can be read before FLUSH is answered"
+    );
+    kit.answer(&first)?;
+    let last = kit.next_request()?;
+    ensure!(
+        last.header.opcode == op::RELEASE && last.nodeid() == first.nodeid(),
+        "{last} follows {first}"
+    );
+    kit.answer(&last)
 }
 
 fn flush_after_signal(env: &Env<'_>) -> Result<()> {
