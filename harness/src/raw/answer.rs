@@ -23,7 +23,7 @@ const RENAME_EXCHANGE: u32 = 2;
 pub fn is_entry_reply(opcode: u32) -> bool {
     matches!(
         opcode,
-        op::LOOKUP | op::MKDIR | op::MKNOD | op::SYMLINK | op::LINK | op::CREATE
+        op::LOOKUP | op::MKDIR | op::MKNOD | op::SYMLINK | op::LINK | op::CREATE | op::TMPFILE
     )
 }
 
@@ -100,6 +100,13 @@ impl Tree {
                     }
                     other => other,
                 }
+            }
+            op::TMPFILE => {
+                let id = self.new_node(m.arg::<CreateIn>()?.mode);
+                self.node_mut(id).nlink = 0;
+                let mut bytes = self.entry(id).expect("just made").as_bytes().to_vec();
+                bytes.extend_from_slice(self.open_out(id).as_bytes());
+                Answer::Ok(bytes)
             }
             op::LINK => {
                 let arg: LinkIn = m.arg()?;

@@ -82,7 +82,7 @@ impl Message {
     pub fn names(&self) -> Result<Vec<&OsStr>> {
         let skip = match self.opcode() {
             op::LOOKUP | op::UNLINK | op::RMDIR | op::SYMLINK | op::REMOVEXATTR => 0,
-            op::MKNOD | op::CREATE | op::RENAME2 => 16,
+            op::MKNOD | op::CREATE | op::TMPFILE | op::RENAME2 => 16,
             op::MKDIR | op::RENAME | op::LINK | op::GETXATTR | op::SETXATTR => 8,
             // Not `{self}`: displaying a message asks for its names.
             other => bail!("{} carries no name", op::name(other)),

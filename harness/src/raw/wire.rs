@@ -51,6 +51,7 @@ pub mod op {
     pub const LSEEK: u32 = 46;
     pub const COPY_FILE_RANGE: u32 = 47;
     pub const SYNCFS: u32 = 50;
+    pub const TMPFILE: u32 = 51;
     pub const STATX: u32 = 52;
     pub const COPY_FILE_RANGE_64: u32 = 53;
     pub const CUSE_INIT: u32 = 4096;
@@ -100,6 +101,7 @@ pub mod op {
             LSEEK => "LSEEK",
             COPY_FILE_RANGE => "COPY_FILE_RANGE",
             SYNCFS => "SYNCFS",
+            TMPFILE => "TMPFILE",
             STATX => "STATX",
             COPY_FILE_RANGE_64 => "COPY_FILE_RANGE_64",
             CUSE_INIT => "CUSE_INIT",

@@ -73,7 +73,7 @@ pub fn scenarios() -> Vec<Scenario> {
 }
 
 /// When the reply is consumed.
-const WHEN: [Option<Phase>; 5] = [
+pub(super) const WHEN: [Option<Phase>; 5] = [
     Some(Phase::Said),
     Some(Phase::Root),
     Some(Phase::Replay),
@@ -83,7 +83,7 @@ const WHEN: [Option<Phase>; 5] = [
 
 /// Lets the application that stopped in `trap` go on in the phase given (`None`: when the next server serves), and
 /// completes the recovery.
-fn consumed_in(kit: &mut Kit<'_>, trap: Trap, phase: Option<Phase>) -> Result<()> {
+pub(super) fn consumed_in(kit: &mut Kit<'_>, trap: Trap, phase: Option<Phase>) -> Result<()> {
     let Some(phase) = phase else {
         kit.recover()?;
         trap.go();

@@ -35,6 +35,7 @@ mod stale_data;
 mod stock_order;
 mod survive;
 mod system;
+mod tmpfile;
 mod transit;
 mod unmount;
 mod unprivileged;
@@ -129,7 +130,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 33] = [
+    let families: [fn() -> Vec<Scenario>; 34] = [
         bad_input::scenarios,
         replay::scenarios,
         resend::scenarios,
@@ -161,6 +162,7 @@ fn table() -> Vec<Scenario> {
         windows::scenarios,
         aftermath::scenarios,
         system::scenarios,
+        tmpfile::scenarios,
         waits::scenarios,
         stock_order::scenarios,
     ];
