@@ -17,6 +17,7 @@ mod fuseblk;
 mod handover;
 mod held;
 mod help;
+mod hostile;
 mod interrupts;
 mod kill;
 mod late;
@@ -130,7 +131,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 34] = [
+    let families: [fn() -> Vec<Scenario>; 35] = [
         bad_input::scenarios,
         replay::scenarios,
         resend::scenarios,
@@ -147,6 +148,7 @@ fn table() -> Vec<Scenario> {
         fuseblk::scenarios,
         module::scenarios,
         unprivileged::scenarios,
+        hostile::scenarios,
         bad_inode::scenarios,
         revoked::scenarios,
         revoked_held::scenarios,

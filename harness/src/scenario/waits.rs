@@ -306,13 +306,13 @@ fn closed_clone(env: &Env<'_>) -> Result<()> {
 }
 
 /// A cgroup (version 1) of the freezer.
-struct Freezer {
+pub(super) struct Freezer {
     mnt: PathBuf,
     group: PathBuf,
 }
 
 impl Freezer {
-    fn new(env: &Env<'_>) -> Result<Freezer> {
+    pub(super) fn new(env: &Env<'_>) -> Result<Freezer> {
         let mnt = nix::unistd::mkdtemp(&env.scratch.join("freezer.XXXXXX"))?;
         if let Err(e) = mount(
             Some("freezer"),
@@ -329,16 +329,16 @@ impl Freezer {
         Ok(Freezer { mnt, group })
     }
 
-    fn add(&self, who: &Proc) -> Result<()> {
+    pub(super) fn add(&self, who: &Proc) -> Result<()> {
         let pid = who.pid.to_string();
         Ok(std::fs::write(self.group.join("cgroup.procs"), pid)?)
     }
 
-    fn set(&self, state: &str) -> Result<()> {
+    pub(super) fn set(&self, state: &str) -> Result<()> {
         Ok(std::fs::write(self.group.join("freezer.state"), state)?)
     }
 
-    fn wait(&self, state: &str, limit: Duration) -> Result<()> {
+    pub(super) fn wait(&self, state: &str, limit: Duration) -> Result<()> {
         wait_for(&format!("the group to be {state}"), limit, || {
             Ok(std::fs::read_to_string(self.group.join("freezer.state"))?.trim() == state)
         })
