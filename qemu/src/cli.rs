@@ -29,6 +29,7 @@ enum Sub {
     Test(suite::test::TestArgs),
     Mutants(suite::mutants::MutantsArgs),
     Scenarios(suite::table::TableArgs),
+    Selftests(suite::selftests::SelftestsArgs),
     Demo(suite::demo::DemoArgs),
     Rfc(crate::rfc::RfcArgs),
     /// The guest's side, where the guest's init is not ours (virtme-ng).
@@ -152,6 +153,7 @@ pub fn run() -> Result<ExitCode> {
         Sub::Test(a) => suite::test::run(&paths, &a),
         Sub::Mutants(a) => suite::mutants::run(&paths, &a),
         Sub::Scenarios(a) => suite::table::run(&paths, &a),
+        Sub::Selftests(a) => suite::selftests::run(&paths, &a),
         Sub::Demo(a) => suite::demo::run(&paths, &a),
         Sub::Rfc(a) => crate::rfc::run(&paths, &a),
         Sub::Guest => unreachable!("handled above"),
@@ -189,7 +191,8 @@ impl KernelArgs {
                 println!("{}", kernel::ensure(paths, flavor)?.dir.display())
             }
             Some(KernelSub::Setup) => {
-                for need in [setup::Need::Kernel, setup::Need::Qemu, setup::Need::Guest] {
+                use setup::Need;
+                for need in [Need::Kernel, Need::Qemu, Need::Guest, Need::Selftests] {
                     setup::ensure(need)?;
                 }
                 ui::step("everything is installed");

@@ -15,6 +15,8 @@ pub enum Need {
     Qemu,
     /// What tests and demo use inside a guest.
     Guest,
+    /// To build the selftests of fuse that the kernel has.
+    Selftests,
     /// To check the series as it would be mailed.
     Rfc,
 }
@@ -70,6 +72,8 @@ const PACKAGES: &[Package] = &[
     package(Need::Guest, "tar", "tar"),
     package(Need::Guest, "sqlite3", "sqlite3"),
     package(Need::Guest, "systemd", "/lib/systemd/systemd"),
+    package(Need::Selftests, "pkgconf", "pkg-config"),
+    package(Need::Selftests, "libfuse-dev", "/usr/include/fuse/fuse.h"),
     package(Need::Rfc, "sparse", "sparse"),
     package(Need::Rfc, "rust-web-clippy", "/usr/bin/clippy-driver"),
     package(Need::Rfc, "git-email", "git send-email"),

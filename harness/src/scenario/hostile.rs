@@ -155,10 +155,21 @@ impl Mean {
 /// A hostile mount with dirty pages and waiting applications: a process of its own, so that it need not wait for
 /// anybody and may be in a user namespace.
 struct Hostile {
+    // Ends before the process: who waits for a mount of his own cannot be killed otherwise.
+    mount: Mount,
     server: Server,
-    conn: Connection,
     mean: Mean,
     talk: UnixStream,
+}
+
+struct Mount(Connection);
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if self.0.exists() {
+            let _ = self.0.abort();
+        }
+    }
 }
 
 impl Hostile {
@@ -174,12 +185,10 @@ impl Hostile {
             server.finish(env.patience)?;
             return Err(e).context("the hostile server said nothing");
         }
-        let conn = Connection {
-            id: u32::from_ne_bytes(id),
-        };
+        let id = u32::from_ne_bytes(id);
         let hostile = Hostile {
+            mount: Mount(Connection { id }),
             server,
-            conn,
             mean,
             talk,
         };
@@ -196,7 +205,7 @@ impl Hostile {
 
     /// Whether what was seen was seen during its recovery.
     fn in_recovery(&self) -> Result<()> {
-        let recovery = self.conn.recovery()?.context("no `recovery` file")?;
+        let recovery = self.mount.0.recovery()?.context("no `recovery` file")?;
         let wrong = match self.mean {
             Mean::ForEver => ["dead", "unsupported"],
             _ => ["dead", "serving"],

@@ -74,7 +74,14 @@ fn flight(env: &Env<'_>, crash: Crash) -> Result<()> {
     if let Some(m) = old.as_ref().filter(|_| crash == Crash::Executed) {
         kit.tree.apply(m)?;
     }
-    let held = kit.recover()?.report.held;
+    let held = match crash {
+        Crash::Begun => {
+            let recovered = kit.answer_replays(&mut |_, _| None)?;
+            kit.commit(&recovered)?;
+            recovered.report.held
+        }
+        _ => kit.recover()?.report.held,
+    };
     ensure!(held == 1, "{held} held");
     let new = kit.until_op(op::TMPFILE)?;
     if let Some(old) = &old {

@@ -109,7 +109,7 @@ pub fn build(paths: &Paths, flavor: Flavor) -> Result<Built> {
 }
 
 /// What every kernel here needs to be of use as a test bed, then the series.
-fn patches(paths: &Paths, flavor: Flavor) -> Result<Vec<PathBuf>> {
+pub fn patches(paths: &Paths, flavor: Flavor) -> Result<Vec<PathBuf>> {
     let mut patches = series::list(&paths.repo.join("qemu/patches/7.3"))?;
     if flavor.series() {
         patches.extend(series::list(&paths.patches())?);
@@ -302,7 +302,7 @@ fn keep(
     finished(paths, flavor, hash).context("the finished kernel vanished")
 }
 
-fn prune(kernels: &Path, name: &str, keep: usize) {
+pub fn prune(kernels: &Path, name: &str, keep: usize) {
     let Ok(entries) = fs::read_dir(kernels) else {
         return;
     };

@@ -8,9 +8,11 @@ pub mod fuzz;
 pub mod mutants;
 pub mod race;
 pub mod scenarios;
+pub mod selftests;
 pub mod smoke;
 pub mod systemd;
 pub mod table;
+pub mod tap;
 pub mod test;
 
 use crate::paths::Paths;

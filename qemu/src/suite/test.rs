@@ -3,7 +3,7 @@
 //! tests one by one and every other check as one.
 
 use super::beside::Beside;
-use super::{crash, fuzz, race, scenarios, smoke, systemd};
+use super::{crash, fuzz, race, scenarios, selftests, smoke, systemd};
 use crate::kernel::{self, flavor::Flavor};
 use crate::paths::Paths;
 use crate::setup::{self, Need};
@@ -135,6 +135,7 @@ pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
         });
     }
     smoke::run(paths, &mut tally, args.debug_kernel);
+    selftests::step(paths, &mut tally);
     // A guest leaves half of two processors idle.
     let beside = Beside::start(paths);
     scenarios::run(paths, &mut tally, args.debug_kernel);
