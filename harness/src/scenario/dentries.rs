@@ -48,7 +48,12 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::series(
             "dentries/cwd",
             "a process whose directory is inside goes on",
-            cwd,
+            |env| inside(env, false),
+        ),
+        Scenario::series(
+            "dentries/root",
+            "a process whose root is inside goes on",
+            |env| inside(env, true),
         ),
         Scenario::series(
             "dentries/cached-stays",
@@ -246,30 +251,38 @@ fn mount_below(env: &Env<'_>) -> Result<()> {
     still_serves(&mut kit)
 }
 
-fn cwd(env: &Env<'_>) -> Result<()> {
+fn inside(env: &Env<'_>, root: bool) -> Result<()> {
     let mut kit = populated(env, 2)?;
     let dir = kit.tree.dir(ROOT, "d");
     kit.tree.file(dir, "file", b"inside");
+    // What `..` leads to: from its root nobody gets out.
+    let up = if root { "../file" } else { "../f0" };
     let path = kit.path("d");
     let (read, write) = nix::unistd::pipe()?;
     let mut child = Proc::spawn(
         "a process inside d",
         &[kit.dev.raw(), write.as_raw_fd()],
         || {
-            if std::env::set_current_dir(&path).is_err() {
+            if std::env::set_current_dir(&path).is_err()
+                || root && nix::unistd::chroot(".").is_err()
+            {
                 return 10;
             }
             // Sleeps until the scenario closes the other end: the recovery is over then.
             let _ = nix::unistd::read(&read, &mut [0]);
-            let relative = ops::read_file(Path::new("file")) == Ok(b"inside".to_vec());
-            let up = ops::stat(Path::new("../f0")).is_ok();
-            let here = std::env::current_dir().is_ok_and(|d| d == path);
-            i32::from(!relative) + 2 * i32::from(!up) + 4 * i32::from(!here)
+            let file = if root { "/file" } else { "file" };
+            let found = ops::read_file(Path::new(file)) == Ok(b"inside".to_vec());
+            let up = ops::stat(Path::new(up)).is_ok();
+            let here = std::env::current_dir()
+                .is_ok_and(|d| d == if root { Path::new("/") } else { &path });
+            i32::from(!found) + 2 * i32::from(!up) + 4 * i32::from(!here)
         },
     )?;
     let tid = child.tid();
     kit.serve_until("the process to sleep inside d", |_| {
-        let there = std::fs::read_link(format!("/proc/{tid}/cwd")).is_ok_and(|p| p.ends_with("d"));
+        let link = if root { "root" } else { "cwd" };
+        let there =
+            std::fs::read_link(format!("/proc/{tid}/{link}")).is_ok_and(|p| p.ends_with("d"));
         Ok(there && state(tid) == Some('S'))
     })?;
     kit.recover()?;
@@ -278,7 +291,7 @@ fn cwd(env: &Env<'_>) -> Result<()> {
     let code = child.wait_code(kit.patience)?;
     ensure!(
         code == 0,
-        "the process inside d says {code} (1: relative open, 2: through .., 4: getcwd, 10: chdir)"
+        "the process inside d says {code} (1: open, 2: through .., 4: getcwd, 10: chdir or chroot)"
     );
     still_serves(&mut kit)
 }

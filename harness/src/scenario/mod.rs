@@ -184,4 +184,43 @@ mod tests {
         names.dedup();
         assert_eq!(names.len(), count);
     }
+
+    /// The first column of the rst's table of what applications see, without its markup.
+    fn promises(rst: &str) -> Vec<String> {
+        let (_, rest) = rst.split_once("What applications see\n===").unwrap();
+        let (table, _) = rest.split_once("How long the pause is").unwrap();
+        let rows = table.split("   * - ").skip(2);
+        let first = |row: &str| {
+            let text = row.split("\n     - ").next().unwrap();
+            let words: Vec<&str> = text.split_whitespace().collect();
+            words.join(" ").replace("``", "")
+        };
+        rows.map(first).collect()
+    }
+
+    #[test]
+    fn every_promise_has_its_scenarios() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../Documentation");
+        let read = |name: &str| std::fs::read_to_string(root.join(name)).unwrap();
+        let text = read("semantics.md");
+        let rows = text.lines().filter_map(|l| {
+            let (promise, scenarios) = l.strip_prefix("| ")?.split_once(" | ")?;
+            Some((promise.to_owned(), scenarios))
+        });
+        let rows: Vec<_> = rows.skip(1).collect();
+        let here: Vec<String> = rows.iter().map(|(promise, _)| promise.clone()).collect();
+        assert!(here.len() > 10);
+        assert_eq!(here, promises(&read("fuse-restart.rst")));
+        let known: Vec<String> = table().into_iter().map(|s| s.name).collect();
+        for (promise, scenarios) in rows {
+            let named: Vec<&str> = scenarios.split('`').skip(1).step_by(2).collect();
+            assert!(!named.is_empty(), "nothing tests {promise:?}");
+            for name in named {
+                assert!(
+                    known.iter().any(|k| k == name),
+                    "there is no scenario {name}"
+                );
+            }
+        }
+    }
 }
