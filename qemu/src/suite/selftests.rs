@@ -39,7 +39,7 @@ const LIMIT: u32 = 90;
 ///   scripts/selftests                          # all, in UML with the series
 ///   scripts/selftests fuse_restart_test -v     # one, with all that it says
 ///   scripts/selftests --backend qemu --kernel debug
-///   scripts/selftests --kernel mutants --append fuse.mutant=sort fuse_restart_test
+///   scripts/selftests --kernel mutants --append fuse.mutant=revoke_bad fuse_restart_test
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub struct SelftestsArgs {
