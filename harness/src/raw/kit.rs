@@ -21,6 +21,7 @@ use super::ctl::Connection;
 use super::dev::{Device, Read1, MAX_WRITE};
 use super::env::Env;
 use super::msg::Message;
+use super::sleeper::Sleeper;
 use super::tree::{Answer, Tree};
 use super::wait::wait_for;
 use super::wire::{init, op, ForgetOne, InitIn, InitOut, InterruptIn};
@@ -102,6 +103,8 @@ pub struct Kit<'a> {
     pub interrupts: Vec<u64>,
     /// What was answered honestly on the way to something else; scenarios clear and read it.
     pub served: Vec<Message>,
+    /// The thread of a dead server that sleeps in a copy.
+    pub sleeper: Option<Sleeper>,
     pub(super) cookie: u64,
     bell: Bell,
     watched: Vec<AppWatch>,
@@ -150,6 +153,7 @@ impl<'a> Kit<'a> {
             forgotten: Vec::new(),
             interrupts: Vec::new(),
             served: Vec::new(),
+            sleeper: None,
             cookie: 0,
             bell: Bell::new()?,
             watched: Vec::new(),
@@ -498,6 +502,7 @@ impl<'a> Kit<'a> {
                     .problem(format!("cannot abort connection {}: {e}", self.conn.id));
             }
         }
+        self.sleeper = None;
         for watch in self.watched.drain(..) {
             if wait_for("the end of an application", self.patience, || {
                 Ok(watch.done())

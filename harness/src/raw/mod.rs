@@ -21,6 +21,7 @@ pub mod msg;
 pub mod ops;
 pub mod rare;
 pub mod recover;
+pub mod sleeper;
 pub mod trap;
 pub mod tree;
 pub mod uffd;

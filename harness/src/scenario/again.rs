@@ -5,8 +5,8 @@ use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
 
 use super::help::{
-    enter, expect_errno, expect_report, expect_resent, populated, readable, still_serves, Phase,
-    PHASES,
+    enter, expect_errno, expect_report, expect_resent, populated, readable, still_serves, wake,
+    Phase, PHASES,
 };
 use super::Scenario;
 use crate::raw::env::Env;
@@ -74,6 +74,7 @@ fn again(env: &Env<'_>, phase: Phase) -> Result<()> {
         kit.commit_epoch(1),
         Errno::ESTALE,
     )?;
+    wake(&mut kit)?;
     let recovered = kit.answer_replays(&mut |_, _| None)?;
     ensure!(
         recovered.report.epoch == 2,
@@ -95,17 +96,37 @@ fn again(env: &Env<'_>, phase: Phase) -> Result<()> {
     still_serves(&mut kit)
 }
 
+/// First the phases in which nobody sleeps in a copy, then what can be reached while somebody does: there is no report.
 fn pairs(env: &Env<'_>) -> Result<()> {
+    every_pair(env, |p| p.copying().is_none())?;
+    for settle in [Phase::Settle, Phase::SettleAnswer] {
+        every_pair(env, |p| {
+            p == settle
+                || matches!(
+                    p,
+                    Phase::Said | Phase::Root | Phase::Replay | Phase::Refused
+                )
+        })?;
+    }
+    Ok(())
+}
+
+fn every_pair(env: &Env<'_>, reached: impl Fn(Phase) -> bool) -> Result<()> {
     let mut kit = populated(env, 5)?;
     let app = kit.on("stat", "f0", |p| ops::stat(p).map(drop))?;
     let old = kit.until_op(op::GETATTR)?;
-    for first in PHASES {
-        for second in PHASES {
-            enter(&mut kit, first).with_context(|| format!("{first:?} then {second:?}"))?;
-            enter(&mut kit, second).with_context(|| format!("{first:?} then {second:?}"))?;
+    let phases: Vec<_> = PHASES.into_iter().filter(|p| reached(*p)).collect();
+    if let Some(settle) = phases.iter().find(|p| p.copying().is_some()) {
+        enter(&mut kit, *settle)?;
+    }
+    for first in &phases {
+        for second in &phases {
+            enter(&mut kit, *first).with_context(|| format!("{first:?} then {second:?}"))?;
+            enter(&mut kit, *second).with_context(|| format!("{first:?} then {second:?}"))?;
         }
     }
     ensure!(!app.done(), "the application was answered by nobody");
+    wake(&mut kit)?;
     kit.recover()?;
     let new = kit.next_request()?;
     expect_resent(&kit, &old, &new)?;

@@ -9,7 +9,7 @@ use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
 use nix::mount::{umount2, MntFlags};
 
-use super::help::{enter, populate, Phase, PHASES};
+use super::help::{enter, populate, wake_dead, Phase, PHASES};
 use super::Scenario;
 use crate::raw::app::App;
 use crate::raw::dev::{Device, Read1};
@@ -113,6 +113,7 @@ fn umount(kit: &mut Kit<'_>, flags: MntFlags) -> Result<App<Done<()>>> {
 
 /// The unmount has ended well, and nothing was asked of the server.
 fn ended(kit: &mut Kit<'_>, umount: &App<Done<()>>) -> Result<()> {
+    wake_dead(kit)?;
     let result = umount.finish(kit.patience)?;
     ensure!(result == Ok(()), "umount gave {result:?}");
     kit.was_unmounted();

@@ -3,17 +3,21 @@
 
 use std::fmt::Debug;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::poll::PollFlags;
 
 use crate::raw::env::Env;
 use crate::raw::kit::Kit;
 use crate::raw::msg::Message;
 use crate::raw::ops;
 use crate::raw::recover::Recovered;
+use crate::raw::sleeper::{Copying, Sleeper};
 use crate::raw::tree::Answer;
+use crate::raw::wait::wait_for;
 use crate::raw::wire::{resent_id, ROOT};
 
 /// How far a recovery has come when something happens to it.
@@ -31,15 +35,21 @@ pub enum Phase {
     Reported,
     /// The root's replay was answered with an error.
     Refused,
+    /// Every replay is answered; a reader of the dead server sleeps with a request in its hands, so there is no report.
+    Settle,
+    /// The same, but the server sleeps in the middle of its answer.
+    SettleAnswer,
 }
 
-pub const PHASES: [Phase; 6] = [
+pub const PHASES: [Phase; 8] = [
     Phase::Said,
     Phase::Root,
     Phase::Replay,
     Phase::Prepared,
     Phase::Reported,
     Phase::Refused,
+    Phase::Settle,
+    Phase::SettleAnswer,
 ];
 
 impl Phase {
@@ -51,12 +61,28 @@ impl Phase {
             Phase::Prepared => "prepared",
             Phase::Reported => "reported",
             Phase::Refused => "refused",
+            Phase::Settle => "settle",
+            Phase::SettleAnswer => "settle-answer",
+        }
+    }
+
+    /// In the middle of what a server sleeps in this phase.
+    pub fn copying(self) -> Option<Copying> {
+        match self {
+            Phase::Settle => Some(Copying::Request),
+            Phase::SettleAnswer => Some(Copying::Answer),
+            _ => None,
         }
     }
 }
 
 /// Says RESTARTED and goes to `phase`. What was read and not answered there is returned.
+///
+/// Who sleeps in a copy sleeps on, see [`leave`]. It has a READ of `f0`, which is owed if it was not being answered.
 pub fn enter(kit: &mut Kit<'_>, phase: Phase) -> Result<Option<Message>> {
+    if let Some(copying) = phase.copying().filter(|_| kit.sleeper.is_none()) {
+        kit.sleeper = Some(Sleeper::over(kit, "f0", copying)?);
+    }
     let others = (kit.tree.held().len() as u64 - 1).min(64);
     kit.restarted()?;
     Ok(match phase {
@@ -91,25 +117,90 @@ pub fn enter(kit: &mut Kit<'_>, phase: Phase) -> Result<Option<Message>> {
             None
         }
         Phase::Reported => Some(read_report(kit)?),
+        Phase::Settle | Phase::SettleAnswer => {
+            kit.confirm_root()?;
+            answer_all_but_root(kit)?;
+            kit.conn.wait_state(&["settle"], kit.patience)?;
+            ensure!(
+                !kit.readable()?,
+                "the report can be read while a request is in somebody's hands"
+            );
+            None
+        }
     })
+}
+
+/// Goes on where [`enter`] stopped: what was left is confirmed, and who sleeps in a copy wakes up.
+pub fn leave(kit: &mut Kit<'_>, left: Option<&Message>) -> Result<()> {
+    if let Some((m, replay)) = left.and_then(|m| m.replay().map(|r| (m, r))) {
+        kit.confirm(m, &replay)?;
+    }
+    wake(kit)
+}
+
+/// Wakes who sleeps in a copy for a server that was replaced: a request is not for it, an answer is complete.
+pub fn wake(kit: &mut Kit<'_>) -> Result<()> {
+    let Some(sleeper) = kit.sleeper.take() else {
+        return Ok(());
+    };
+    let copying = sleeper.copying;
+    ensure!(sleeper.sleeps(), "who slept in a copy woke up by itself");
+    let result = sleeper.wake(kit.patience)?;
+    let fine = match copying {
+        Copying::Request => result == Err(Errno::ENOENT),
+        Copying::Answer => result.is_ok(),
+    };
+    ensure!(
+        fine,
+        "a dead server, in the middle of a copy ({copying:?}), got {result:?}"
+    );
+    Ok(())
+}
+
+/// Wakes who sleeps in a copy when the connection has come to its end, which does not wait for that.
+pub fn wake_dead(kit: &mut Kit<'_>) -> Result<()> {
+    if kit.sleeper.is_none() {
+        return Ok(());
+    }
+    wait_for("the end of the connection", kit.patience, || {
+        Ok(kit
+            .dev
+            .poll(PollFlags::POLLIN, Duration::ZERO)?
+            .contains(PollFlags::POLLERR))
+    })?;
+    let sleeper = kit.sleeper.take().context("just seen")?;
+    ensure!(sleeper.sleeps(), "who slept in a copy woke up by itself");
+    let result = sleeper.wake(kit.patience)?;
+    ensure!(
+        matches!(
+            result,
+            Err(Errno::ENOENT | Errno::ENODEV | Errno::ECONNABORTED)
+        ),
+        "a server of a dead connection, in the middle of a copy, got {result:?}"
+    );
+    Ok(())
 }
 
 /// Answers replays honestly as long as the kernel has any; the report is left unread.
 fn answer_until_prepared(kit: &mut Kit<'_>) -> Result<()> {
-    let total = kit.tree.held().len() - 1;
-    for _ in 0..total {
-        let (m, replay) = kit.next_replay()?;
-        kit.confirm(&m, &replay)?;
-    }
+    answer_all_but_root(kit)?;
     kit.conn.wait_state(&["prepared"], kit.patience)?;
     readable(kit, "the report")
 }
 
+fn answer_all_but_root(kit: &mut Kit<'_>) -> Result<()> {
+    for _ in 1..kit.tree.held().len() {
+        let (m, replay) = kit.next_replay()?;
+        kit.confirm(&m, &replay)?;
+    }
+    Ok(())
+}
+
 /// Waits until a message can be read, and leaves it there.
 pub fn readable(kit: &Kit<'_>, what: &str) -> Result<()> {
-    let ready = kit.dev.poll(nix::poll::PollFlags::POLLIN, kit.patience)?;
+    let ready = kit.dev.poll(PollFlags::POLLIN, kit.patience)?;
     ensure!(
-        ready.contains(nix::poll::PollFlags::POLLIN),
+        ready.contains(PollFlags::POLLIN),
         "{what} cannot be read{}",
         kit.situation()
     );

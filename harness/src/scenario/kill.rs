@@ -10,7 +10,7 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
-use super::help::{enter, expect_resent, populated, still_serves, Phase, PHASES};
+use super::help::{enter, expect_resent, leave, populated, still_serves, wake, PHASES};
 use super::waits::flushed_then_released;
 use super::Scenario;
 use crate::raw::app::{state, Proc};
@@ -109,9 +109,7 @@ fn held(env: &Env<'_>) -> Result<()> {
         kit.conn.wait_waiting(base + 1, kit.patience)?;
         app.wait_asleep(kit.patience)?;
         dies(&kit, &mut app, &format!("while held in {phase:?}"))?;
-        if let Some((m, r)) = left.as_ref().and_then(|m| m.replay().map(|r| (m, r))) {
-            kit.confirm(m, &r)?;
-        }
+        leave(&mut kit, left.as_ref())?;
         kit.recover().with_context(|| format!("in {phase:?}"))?;
         kit.check_counts()
             .with_context(|| format!("in {phase:?}"))?;
@@ -132,6 +130,7 @@ fn was_read(env: &Env<'_>) -> Result<()> {
             &mut app,
             &format!("in {phase:?}, its request in dead hands"),
         )?;
+        wake(&mut kit)?;
         kit.recover().with_context(|| format!("in {phase:?}"))?;
         still_serves(&mut kit)?;
     }
@@ -164,7 +163,7 @@ fn before(env: &Env<'_>) -> Result<()> {
 }
 
 fn open_file(env: &Env<'_>) -> Result<()> {
-    for phase in [Phase::Said, Phase::Replay, Phase::Refused] {
+    for phase in PHASES {
         let mut kit = populated(env, 3)?;
         let path = kit.path("f0");
         let (fd_of, file_open) = nix::unistd::pipe()?;
@@ -188,6 +187,7 @@ fn open_file(env: &Env<'_>) -> Result<()> {
         kit.settle()?;
         enter(&mut kit, phase)?;
         dies(&kit, &mut app, &format!("with an open file in {phase:?}"))?;
+        wake(&mut kit)?;
         kit.recover()?;
         flushed_then_released(&mut kit)?;
         still_serves(&mut kit)?;

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::mount::{umount2, MntFlags};
 use nix::sys::signal::Signal;
 
-use super::help::{enter, populated, Phase, PHASES};
+use super::help::{enter, populated, wake, wake_dead, Phase, PHASES};
 use super::Scenario;
 use crate::raw::app::{App, Proc};
 use crate::raw::dev::Read1;
@@ -98,6 +98,7 @@ fn abort(env: &Env<'_>, phase: Phase) -> Result<()> {
     kit.conn.abort().context("abort")?;
     all_fail(&kit, &apps)?;
     dead(&mut kit)?;
+    wake_dead(&mut kit)?;
     kit.conn.wait_waiting(0, kit.patience)?;
     let state = kit.conn.recovery()?.context("recovery file")?;
     ensure!(
@@ -118,6 +119,8 @@ fn plain(env: &Env<'_>, phase: Phase) -> Result<()> {
     let mut kit = populated(env, 10)?;
     enter(&mut kit, phase)?;
     let app = umount(&mut kit, MntFlags::empty())?;
+    // As ever in FUSE, umount itself waits for who has a request in its hands.
+    wake_dead(&mut kit)?;
     let result = app.finish(kit.patience)?;
     ensure!(result == Ok(()), "umount gave {result:?}");
     kit.was_unmounted();
@@ -127,8 +130,9 @@ fn plain(env: &Env<'_>, phase: Phase) -> Result<()> {
 fn force(env: &Env<'_>, phase: Phase) -> Result<()> {
     let (mut kit, apps) = busy(env, phase)?;
     let app = umount(&mut kit, MntFlags::MNT_FORCE)?;
-    let forced = app.finish(kit.patience)?;
     all_fail(&kit, &apps)?;
+    wake_dead(&mut kit)?;
+    let forced = app.finish(kit.patience)?;
     match forced {
         Ok(()) => kit.was_unmounted(),
         // The applications may still have been inside when the mount was looked at.
@@ -159,6 +163,7 @@ fn lazy(env: &Env<'_>, phase: Phase) -> Result<()> {
     ensure!(detach.finish(kit.patience)? == Ok(()), "umount -l");
     kit.was_unmounted();
     app.signal(Signal::SIGKILL)?;
+    wake_dead(&mut kit)?;
     app.wait(kit.patience)
         .context("the held application, after umount -l")?;
     // With its last user the super block goes, and the connection with it.
@@ -180,5 +185,13 @@ fn close(env: &Env<'_>, phase: Phase) -> Result<()> {
     let (mut kit, apps) = busy(env, phase)?;
     let spare = crate::raw::dev::Device::open("/dev/fuse")?;
     drop(std::mem::replace(&mut kit.dev, spare));
+    if phase.copying().is_some() {
+        // Who is in a system call keeps the descriptor.
+        ensure!(
+            apps.iter().all(|app| !app.done()),
+            "the connection ended while somebody was in read(2)"
+        );
+        wake(&mut kit)?;
+    }
     all_fail(&kit, &apps)
 }

@@ -9,14 +9,17 @@ use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::mount::{umount2, MntFlags};
+use nix::poll::PollFlags;
 use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal};
 
 use super::help::{expect_errno, expect_resent, open, populated, still_serves};
 use super::resend::park_stats;
 use super::Scenario;
+use crate::raw::app::{App, Proc};
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
-use crate::raw::ops;
+use crate::raw::ops::{self, Done};
+use crate::raw::sleeper::{Copying, Sleeper};
 use crate::raw::trap::Trap;
 use crate::raw::tree::Answer;
 use crate::raw::wait::wait_for;
@@ -48,6 +51,34 @@ pub fn scenarios() -> Vec<Scenario> {
             "windows/abort-in-release",
             "abort in the middle of a release ends the recovery and everybody who waits",
             abort_in_release,
+        ),
+        Scenario::series(
+            "windows/force-in-release",
+            "so does umount -f",
+            |env| force(in_release(env)?),
+        ),
+        Scenario::series(
+            "windows/lazy-in-release",
+            "umount -l in the middle of a release, and the death of its last user, end the recovery",
+            |env| lazy(env, "release"),
+        ),
+        Scenario::series(
+            "windows/unmount-while-sorting",
+            "umount waits for what is just being sorted, and ends it",
+            unmount_while_sorting,
+        ),
+        Scenario::series(
+            "windows/force-while-sorting",
+            "umount -f ends what is just being sorted as well",
+            |env| {
+                let (kit, jobs, _, trap) = sorting(env)?;
+                force((kit, jobs, trap))
+            },
+        ),
+        Scenario::series(
+            "windows/lazy-while-sorting",
+            "umount -l while held requests are sorted, and the death of its last users, end the recovery",
+            |env| lazy(env, "unhold_sort"),
         ),
         Scenario::series(
             "windows/teardown-late",
@@ -167,8 +198,7 @@ fn unmount_in_release(env: &Env<'_>) -> Result<()> {
     let trap = Trap::arm("release")?;
     kit.commit_epoch(recovered.report.epoch)?;
     trap.wait(kit.patience)?;
-    let mnt = kit.mnt.clone();
-    let unmount = kit.app("umount", move || umount2(&mnt, MntFlags::empty()))?;
+    let unmount = umount(&mut kit, MntFlags::empty())?;
     unmount.wait_asleep(kit.patience)?;
     std::thread::sleep(Duration::from_millis(50));
     let early = unmount.done();
@@ -189,6 +219,110 @@ fn abort_in_release(env: &Env<'_>) -> Result<()> {
     }
     trap.go();
     kit.conn.wait_state(&["dead"], kit.patience)
+}
+
+fn umount(kit: &mut Kit<'_>, flags: MntFlags) -> Result<App<Done<()>>> {
+    let mnt = kit.mnt.clone();
+    kit.app("umount", move || umount2(&mnt, flags))
+}
+
+/// The connection is at its end; reading it says so.
+fn is_dead(kit: &Kit<'_>) -> Result<()> {
+    wait_for("the end of the connection", kit.patience, || {
+        let ready = kit.dev.poll(PollFlags::POLLIN, Duration::ZERO)?;
+        Ok(ready.contains(PollFlags::POLLERR))
+    })
+}
+
+fn force((mut kit, jobs, trap): (Kit<'_>, Vec<super::resend::Job>, Trap)) -> Result<()> {
+    let forced = umount(&mut kit, MntFlags::MNT_FORCE)?;
+    // It aborts before it looks who is inside, and does not wait for the worker to do that.
+    is_dead(&kit)?;
+    trap.go();
+    for job in &jobs {
+        let result = job.finish(kit.patience)?;
+        ensure!(
+            matches!(result, Err(Errno::ECONNABORTED | Errno::ENOTCONN)),
+            "{} gave {result:?}",
+            job.what
+        );
+    }
+    match forced.finish(kit.patience)? {
+        Ok(()) => {}
+        // The applications were still inside.
+        Err(Errno::EBUSY) => {
+            let again = umount(&mut kit, MntFlags::empty())?.finish(kit.patience)?;
+            ensure!(again == Ok(()), "umount after umount -f gave {again:?}");
+        }
+        Err(e) => anyhow::bail!("umount -f gave {e}"),
+    }
+    kit.was_unmounted();
+    Ok(())
+}
+
+fn lazy(env: &Env<'_>, point: &'static str) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    let mut apps = Vec::new();
+    for name in ["f0", "f1"] {
+        let path = kit.path(name);
+        let app = Proc::spawn(&format!("stat {name}"), &[kit.dev.raw()], move || {
+            i32::from(ops::stat(&path).is_err())
+        })?;
+        kit.until_op(op::GETATTR)?;
+        app.wait_asleep(kit.patience)?;
+        apps.push(app);
+    }
+    kit.restarted()?;
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    let trap = Trap::arm(point)?;
+    kit.commit_epoch(recovered.report.epoch)?;
+    trap.wait(kit.patience)?;
+    let detached = umount(&mut kit, MntFlags::MNT_DETACH)?.finish(kit.patience)?;
+    ensure!(detached == Ok(()), "umount -l gave {detached:?}");
+    kit.was_unmounted();
+    apps[0].signal(Signal::SIGKILL)?;
+    // What is sorted is on no list: then they die later.
+    if point == "release" {
+        apps[0].wait(super::kill::grace(&kit))?;
+    }
+    apps[1].signal(Signal::SIGKILL)?;
+    // Who dies last waits for the worker.
+    std::thread::sleep(Duration::from_millis(50));
+    trap.go();
+    for app in &mut apps {
+        app.wait(kit.patience)?;
+    }
+    is_dead(&kit)
+}
+
+/// Two requests of nobody are sorted: nobody keeps the mount busy.
+fn unmount_while_sorting(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    for name in ["f0", "f1"] {
+        let sleeper = Sleeper::over(&mut kit, name, Copying::Request)?;
+        let read = sleeper.wake(kit.patience)?;
+        ensure!(read.is_ok(), "the old server's read gave {read:?}");
+    }
+    kit.restarted()?;
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    ensure!(
+        recovered.report.held == 2,
+        "{} held, not 2",
+        recovered.report.held
+    );
+    let trap = Trap::arm("unhold_sort")?;
+    kit.commit_epoch(recovered.report.epoch)?;
+    trap.wait(kit.patience)?;
+    let unmount = umount(&mut kit, MntFlags::empty())?;
+    unmount.wait_asleep(kit.patience)?;
+    std::thread::sleep(Duration::from_millis(50));
+    let early = unmount.done();
+    trap.go();
+    let result = unmount.finish(kit.patience)?;
+    ensure!(result == Ok(()), "umount gave {result:?}");
+    ensure!(!early, "umount did not wait for the worker");
+    kit.was_unmounted();
+    is_dead(&kit)
 }
 
 /// A READ in dead hands that nobody waits for: readahead, whose pages stay locked until it is answered.
@@ -241,9 +375,7 @@ fn forget_while_held(env: &Env<'_>) -> Result<()> {
     loop {
         let m = kit.next()?;
         if let Some(report) = m.report(kit.cookie()) {
-            let nothing = kit
-                .dev
-                .poll(nix::poll::PollFlags::POLLIN, Duration::from_millis(50))?;
+            let nothing = kit.dev.poll(PollFlags::POLLIN, Duration::from_millis(50))?;
             ensure!(
                 nothing.is_empty(),
                 "after the report poll says {nothing:?}: a FORGET"
