@@ -144,8 +144,12 @@ pub fn wake(kit: &mut Kit<'_>) -> Result<()> {
         return Ok(());
     };
     let copying = sleeper.copying;
+    let state = kit.conn.recovery()?.context("recovery file")?;
     ensure!(sleeper.sleeps(), "who slept in a copy woke up by itself");
     let result = sleeper.wake(kit.patience)?;
+    if state.state() == "settle" {
+        kit.conn.wait_state(&["prepared"], kit.patience)?;
+    }
     let fine = match copying {
         Copying::Request => result == Err(Errno::ENOENT),
         Copying::Answer => result.is_ok(),

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Replies that a dead server wrote and nobody had consumed, and evictions, which begin before and end after: in
-//! every phase the counts come out right.
+//! Replies that a dead server wrote and nobody had consumed: in every phase the counts come out right. Evictions, which
+//! may also begin before and end after, are in `evictions`.
 
 use anyhow::{ensure, Context, Result};
 use nix::fcntl::OFlag;
 
 use super::help::{enter, populated, still_serves, Phase};
-use super::lost::evict;
 use super::Scenario;
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
-use crate::raw::msg::Message;
 use crate::raw::ops::{self, Done};
 use crate::raw::trap::Trap;
 use crate::raw::wire::{op, ROOT};
@@ -63,11 +61,6 @@ pub fn scenarios() -> Vec<Scenario> {
             "late/new-inode-waiter",
             "who waits for an inode that its maker gives up gets another",
             new_inode_waiter,
-        ),
-        Scenario::series(
-            "late/eviction",
-            "an eviction may begin and end in any phase",
-            eviction,
         ),
     ]
 }
@@ -342,62 +335,4 @@ fn new_inode_waiter(env: &Env<'_>) -> Result<()> {
     ensure!(results == (Ok(()), Ok(())), "{results:?}");
     kit.check_counts()?;
     still_serves(&mut kit)
-}
-
-fn eviction(env: &Env<'_>) -> Result<()> {
-    let begins = [
-        None,
-        Some(Phase::Said),
-        Some(Phase::Replay),
-        Some(Phase::Reported),
-    ];
-    for begin in begins {
-        for end_in_recovery in [false, true] {
-            let mut kit = populated(env, 3)?;
-            let left: Option<Message> = match begin {
-                Some(phase) => enter(&mut kit, phase)?,
-                None => None,
-            };
-            let trap = Trap::arm("evict_forget")?;
-            let dropper = kit.app("drop_caches", || {
-                std::fs::write("/proc/sys/vm/drop_caches", "2").is_ok()
-            })?;
-            // In a recovery the engine may have every inode in its hands; then nobody gets there.
-            let patience = match begin {
-                None => kit.patience,
-                Some(_) => std::time::Duration::from_millis(300),
-            };
-            let reached = trap.wait(patience).is_ok();
-            ensure!(
-                reached || begin.is_some(),
-                "nothing was evicted: this scenario shows nothing"
-            );
-            if let Some((m, r)) = left.as_ref().and_then(|m| m.replay().map(|r| (m, r))) {
-                kit.confirm(m, &r)?;
-            }
-            if end_in_recovery {
-                kit.restarted()?;
-                kit.confirm_root()?;
-                trap.go();
-                ensure!(dropper.finish(kit.patience)?, "drop_caches");
-                kit.recover()?;
-            } else {
-                kit.recover()?;
-                trap.go();
-                ensure!(kit.serve(&dropper)?, "drop_caches");
-            }
-            // What the recovery had in its hands is evicted by a worker, some time later.
-            for name in ["f0", "f1", "f2"] {
-                let node = kit.tree.child(ROOT, name).context(name)?;
-                evict(&mut kit, node).with_context(|| {
-                    format!("begun in {begin:?}, ended inside: {end_in_recovery}")
-                })?;
-            }
-            // Tree::forget refuses a FORGET of what this server does not count.
-            kit.check_counts()
-                .with_context(|| format!("begun in {begin:?}, ended inside: {end_in_recovery}"))?;
-            still_serves(&mut kit)?;
-        }
-    }
-    Ok(())
 }

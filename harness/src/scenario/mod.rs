@@ -13,6 +13,7 @@ mod bad_input;
 mod clones;
 mod counts;
 mod dentries;
+mod evictions;
 mod fuseblk;
 mod handover;
 mod held;
@@ -34,6 +35,7 @@ pub mod runner;
 mod stale;
 mod stale_data;
 mod stock_order;
+mod successor;
 mod survive;
 mod system;
 mod tmpfile;
@@ -158,8 +160,10 @@ fn table() -> Vec<Scenario> {
         stale_data::scenarios,
         survive::scenarios,
         transit::scenarios,
+        successor::scenarios,
         answer::scenarios,
         late::scenarios,
+        evictions::scenarios,
         patience::scenarios,
         windows::scenarios,
         aftermath::scenarios,

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use zerocopy::IntoBytes;
 
-use super::help::{expect_errno, expect_resent, populated, still_serves};
+use super::help::{expect_resent, populated, still_serves};
 use super::kill::syscall_of;
 use super::Scenario;
 use crate::raw::app::{state, App, Proc};
@@ -52,11 +52,6 @@ pub fn scenarios() -> Vec<Scenario> {
             "transit/answer-completes",
             "an answer half copied at the sweep completes, and is not owed any more",
             answer_completes,
-        ),
-        Scenario::series(
-            "transit/bad-check-before-sending",
-            "a request built before its inode was revoked and queued afterwards reaches no successor",
-            bad_check,
         ),
         Scenario::series(
             "transit/notify-reply",
@@ -319,39 +314,6 @@ fn answer_completes(env: &Env<'_>) -> Result<()> {
     kit.answer(&new)?;
     ensure!(kit.serve(&owed)? == Ok(()), "the other stat");
     still_serves(&mut kit)
-}
-
-fn bad_check(env: &Env<'_>) -> Result<()> {
-    type Run = fn(&std::path::Path) -> Done<()>;
-    let cases: [(&str, u32, Run); 4] = [
-        ("setxattr", op::SETXATTR, |p| {
-            ops::setxattr(&p.join("f0"), "user.x", b"x")
-        }),
-        ("chmod", op::SETATTR, |p| ops::chmod(&p.join("f0"), 0o600)),
-        ("link", op::LINK, |p| {
-            ops::link(&p.join("f0"), &p.join("new"))
-        }),
-        ("stat", op::GETATTR, |p| ops::stat(&p.join("f0")).map(drop)),
-    ];
-    for (what, opcode, run) in cases {
-        let mut kit = populated(env, 3)?;
-        let f0 = kit.tree.child(ROOT, "f0").context("f0")?;
-        let trap = Trap::arm("queue_req")?;
-        let app = kit.on(what, "", run)?;
-        trap.wait(kit.patience)?;
-        // The new server has given the nodeid to another file, which it does not own up to.
-        kit.recover_with(&mut |_, r| (r.nodeid == f0).then_some(Answer::Err(libc::ESTALE)))?;
-        trap.go();
-        kit.served.clear();
-        kit.serve_until(what, |_| Ok(app.done()))?;
-        let result = app.take().context("the result")?;
-        if let Some(m) = kit.served.iter().find(|m| m.is(opcode)) {
-            anyhow::bail!("{what}: {m} reached the successor of the file it was meant for");
-        }
-        expect_errno(what, result, Errno::EIO)?;
-        still_serves(&mut kit)?;
-    }
-    Ok(())
 }
 
 fn notify_reply(env: &Env<'_>) -> Result<()> {

@@ -55,7 +55,7 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::series(
             "windows/force-in-release",
             "so does umount -f",
-            |env| force(in_release(env)?),
+            |env| force(in_release(env)?, true),
         ),
         Scenario::series(
             "windows/lazy-in-release",
@@ -72,7 +72,7 @@ pub fn scenarios() -> Vec<Scenario> {
             "umount -f ends what is just being sorted as well",
             |env| {
                 let (kit, jobs, _, trap) = sorting(env)?;
-                force((kit, jobs, trap))
+                force((kit, jobs, trap), false)
             },
         ),
         Scenario::series(
@@ -234,11 +234,15 @@ fn is_dead(kit: &Kit<'_>) -> Result<()> {
     })
 }
 
-fn force((mut kit, jobs, trap): (Kit<'_>, Vec<super::resend::Job>, Trap)) -> Result<()> {
+/// `held`: what waits is on a list, and ends without the worker.
+fn force(
+    (mut kit, jobs, trap): (Kit<'_>, Vec<super::resend::Job>, Trap),
+    held: bool,
+) -> Result<()> {
     let forced = umount(&mut kit, MntFlags::MNT_FORCE)?;
     // It aborts before it looks who is inside, and does not wait for the worker to do that.
     is_dead(&kit)?;
-    trap.go();
+    let trap = held.then_some(trap);
     for job in &jobs {
         let result = job.finish(kit.patience)?;
         ensure!(
@@ -247,6 +251,7 @@ fn force((mut kit, jobs, trap): (Kit<'_>, Vec<super::resend::Job>, Trap)) -> Res
             job.what
         );
     }
+    drop(trap);
     match forced.finish(kit.patience)? {
         Ok(()) => {}
         // The applications were still inside.
