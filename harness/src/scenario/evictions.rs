@@ -42,7 +42,7 @@ const WINDOW: usize = 64;
 /// When an eviction ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// In the phase in which it has begun; the recovery goes on.
+    /// In the phase in which it has begun.
     AtOnce,
     /// When the server serves to which this recovery led.
     Serving,
@@ -71,7 +71,7 @@ fn eviction(env: &Env<'_>, begin: Option<Phase>) -> Result<()> {
         // Where there is no recovery none goes on, and a refused server does not get to serve.
         let none = match begin {
             None => matches!(end, End::AtOnce | End::NextServing),
-            Some(Phase::Refused) => matches!(end, End::AtOnce | End::Serving),
+            Some(Phase::Refused) => end == End::Serving,
             Some(_) => false,
         };
         if !none {
@@ -127,9 +127,9 @@ fn evict_all(kit: &mut Kit<'_>) -> Result<()> {
     })
 }
 
-/// Goes on with the recovery that is in `phase`, to COMMIT, and serves.
+/// Goes on with the recovery that is in `phase`, or with the next one if there is none to go on with, and serves.
 fn go_on(kit: &mut Kit<'_>, phase: Option<Phase>, left: Option<Message>) -> Result<()> {
-    if phase.is_none() {
+    if matches!(phase, None | Some(Phase::Refused)) {
         kit.recover()?;
         return Ok(());
     }
@@ -165,6 +165,10 @@ fn go_on(kit: &mut Kit<'_>, phase: Option<Phase>, left: Option<Message>) -> Resu
         all_shown || shown.len() <= MANY,
         "all {} were shown: what was being evicted as well",
         shown.len()
+    );
+    ensure!(
+        !kit.readable()?,
+        "something can be read between the report and COMMIT"
     );
     kit.commit_epoch(report.epoch)?;
     if !all_shown {
