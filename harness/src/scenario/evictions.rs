@@ -4,7 +4,7 @@
 
 use anyhow::{ensure, Context, Result};
 
-use super::help::{enter, leave, populated, still_serves, wake, Phase, PHASES};
+use super::help::{enter, leave, populated, still_serves, Phase, PHASES};
 use super::Scenario;
 use crate::raw::app::App;
 use crate::raw::env::Env;
@@ -145,7 +145,7 @@ fn go_on(kit: &mut Kit<'_>, phase: Option<Phase>, left: Option<Message>) -> Resu
             nlookup: kit.tree.node(ROOT).nlookup,
         });
     }
-    wake(kit)?;
+    leave(kit, None)?;
     let mut next = left;
     let report = loop {
         let m = match next.take() {

@@ -135,7 +135,13 @@ pub fn leave(kit: &mut Kit<'_>, left: Option<&Message>) -> Result<()> {
     if let Some((m, replay)) = left.and_then(|m| m.replay().map(|r| (m, r))) {
         kit.confirm(m, &replay)?;
     }
-    wake(kit)
+    let state = kit.conn.recovery()?.context("recovery file")?;
+    let settles = kit.sleeper.is_some() && state.state() == "settle";
+    wake(kit)?;
+    if settles {
+        kit.conn.wait_state(&["prepared"], kit.patience)?;
+    }
+    Ok(())
 }
 
 /// Wakes who sleeps in a copy for a server that was replaced: a request is not for it, an answer is complete.
@@ -144,12 +150,8 @@ pub fn wake(kit: &mut Kit<'_>) -> Result<()> {
         return Ok(());
     };
     let copying = sleeper.copying;
-    let state = kit.conn.recovery()?.context("recovery file")?;
     ensure!(sleeper.sleeps(), "who slept in a copy woke up by itself");
     let result = sleeper.wake(kit.patience)?;
-    if state.state() == "settle" {
-        kit.conn.wait_state(&["prepared"], kit.patience)?;
-    }
     let fine = match copying {
         Copying::Request => result == Err(Errno::ENOENT),
         Copying::Answer => result.is_ok(),

@@ -10,7 +10,7 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
-use super::help::{enter, expect_resent, leave, populated, still_serves, wake, PHASES};
+use super::help::{enter, expect_resent, leave, populated, still_serves, PHASES};
 use super::waits::flushed_then_released;
 use super::Scenario;
 use crate::raw::app::{state, Proc};
@@ -130,7 +130,7 @@ fn was_read(env: &Env<'_>) -> Result<()> {
             &mut app,
             &format!("in {phase:?}, its request in dead hands"),
         )?;
-        wake(&mut kit)?;
+        leave(&mut kit, None)?;
         kit.recover().with_context(|| format!("in {phase:?}"))?;
         still_serves(&mut kit)?;
     }
@@ -187,7 +187,7 @@ fn open_file(env: &Env<'_>) -> Result<()> {
         kit.settle()?;
         enter(&mut kit, phase)?;
         dies(&kit, &mut app, &format!("with an open file in {phase:?}"))?;
-        wake(&mut kit)?;
+        leave(&mut kit, None)?;
         kit.recover()?;
         flushed_then_released(&mut kit)?;
         still_serves(&mut kit)?;
