@@ -133,7 +133,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 35] = [
+    let families: [fn() -> Vec<Scenario>; 37] = [
         bad_input::scenarios,
         replay::scenarios,
         resend::scenarios,
