@@ -165,7 +165,8 @@ fn before(env: &Env<'_>) -> Result<()> {
 fn open_file(env: &Env<'_>) -> Result<()> {
     for phase in PHASES {
         let mut kit = populated(env, 3)?;
-        let path = kit.path("f0");
+        // Who sleeps in a copy has f0.
+        let path = kit.path("f1");
         let (fd_of, file_open) = nix::unistd::pipe()?;
         let mut app = Proc::spawn("an application with an open file", &[kit.dev.raw()], || {
             let Ok(_fd) = ops::open(&path, OFlag::O_RDWR) else {
@@ -329,6 +330,8 @@ fn inval_inode(env: &Env<'_>) -> Result<()> {
 fn server_reading(env: &Env<'_>) -> Result<()> {
     let mut kit = populated(env, 3)?;
     for round in 0..20 {
+        // Or what is counted below is the last round's request, which is answered but not gone yet.
+        kit.conn.wait_waiting(0, kit.patience)?;
         let mut dev = kit.dev.duplicate()?;
         let mut server = Proc::spawn("a server in read(2)", &[], move || {
             i32::from(dev.read_blocking().is_err())

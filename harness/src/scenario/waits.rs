@@ -18,6 +18,7 @@ use crate::raw::app::{state, Proc};
 use crate::raw::dev::poll_one;
 use crate::raw::env::{skip, Env};
 use crate::raw::kit::{Config, Kit};
+use crate::raw::msg::Message;
 use crate::raw::ops;
 use crate::raw::trap::Trap;
 use crate::raw::wait::wait_for;
@@ -153,16 +154,17 @@ fn exit_while_held(env: &Env<'_>) -> Result<()> {
 /// What a task left behind is sent, once, and its file is not released before that is answered.
 pub(super) fn flushed_then_released(kit: &mut Kit<'_>) -> Result<()> {
     let first = kit.until_op(op::FLUSH)?;
-    ensure!(
-        !kit.readable()?,
-        "something can be read before FLUSH is answered"
-    );
+    let is_release = |m: &Message| m.header.opcode == op::RELEASE && m.nodeid() == first.nodeid();
+    while kit.readable()? {
+        let other = kit.next_request()?;
+        ensure!(
+            !is_release(&other),
+            "{other} can be read before {first} is answered"
+        );
+        kit.answer(&other)?;
+    }
     kit.answer(&first)?;
-    let last = kit.next_request()?;
-    ensure!(
-        last.header.opcode == op::RELEASE && last.nodeid() == first.nodeid(),
-        "{last} follows {first}"
-    );
+    let last = kit.until("RELEASE of the same file", is_release)?;
     kit.answer(&last)
 }
 
