@@ -8,13 +8,15 @@ use nix::poll::PollFlags;
 use std::time::Duration;
 
 use super::help::{
-    enter, expect_errno, expect_report, expect_resent, open, populated, still_serves, Phase,
+    enter, expect_errno, expect_report, expect_resent, open, populated, readable, still_serves,
+    Phase,
 };
 use super::Scenario;
 use crate::raw::dev::Read1;
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::ops;
+use crate::raw::recover::Recovered;
 use crate::raw::tree::Answer;
 use crate::raw::wire::{op, ROOT};
 
@@ -34,6 +36,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "handover/read-wakes",
             "a reader that blocks gets ESTALE when the root is refused",
             read_wakes,
+        ),
+        Scenario::series(
+            "handover/read-into-nothing",
+            "what could not be copied to the server is read again: the root refuses nothing, no inode is revoked, the report comes",
+            read_into_nothing,
         ),
         Scenario::series(
             "handover/root-alone",
@@ -257,5 +264,38 @@ fn readers_wake(env: &Env<'_>) -> Result<()> {
     for job in &jobs {
         ensure!(kit.serve(job)? == Ok(()), "{}", job.what);
     }
+    still_serves(&mut kit)
+}
+
+fn read_into_nothing(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    let fd = open(&mut kit, "f0", OFlag::O_RDONLY)?;
+    let into_nothing = |kit: &Kit<'_>| {
+        // SAFETY: the address is not mapped; the kernel answers EFAULT and touches nothing.
+        let n = unsafe { libc::read(kit.dev.raw(), 8 as *mut libc::c_void, 1 << 20) };
+        expect_errno("a read into nothing", Errno::result(n), Errno::EFAULT)
+    };
+    kit.restarted()?;
+    let mut replays = Vec::new();
+    let report = loop {
+        readable(&kit, "the next message of the recovery")?;
+        into_nothing(&kit)?;
+        let m = kit.next()?;
+        if let Some(report) = m.report(kit.cookie()) {
+            break report;
+        }
+        let replay = m
+            .replay()
+            .with_context(|| format!("{m} is part of no recovery"))?;
+        kit.confirm(&m, &replay)?;
+        replays.push(replay);
+    };
+    ensure!(
+        (report.replayed, report.confirmed, report.revoked) == (4, 4, 0),
+        "{report:?}"
+    );
+    kit.commit(&Recovered::of(replays, report))?;
+    let read = kit.run("pread", move || ops::pread(fd, 3, 0))?;
+    ensure!(read == Ok(b"con".to_vec()), "the open file gave {read:?}");
     still_serves(&mut kit)
 }
