@@ -76,6 +76,20 @@ pub(super) fn name(phase: Phase) -> &'static CStr {
     }
 }
 
+/// Proof that the file system is mounted: its superblock is there, and so is its list of inodes.
+pub(super) struct Mounted(());
+
+impl Mounted {
+    /// Creates the proof.
+    ///
+    /// # Safety
+    ///
+    /// The superblock must not go away before the proof does.
+    pub(super) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
 /// A handle to the C half of a recovery.
 ///
 /// # Invariants
@@ -176,6 +190,12 @@ impl Restart {
         unsafe { bindings::fuse_restart_kick(self.r) };
     }
 
+    /// Lets the engine run when there may be memory again.
+    pub(super) fn retry(self) {
+        // SAFETY: By the type invariants.
+        unsafe { bindings::fuse_restart_retry(self.r) };
+    }
+
     /// Limits the time of a recovery, unless it is limited already.
     pub(super) fn arm(self) {
         // SAFETY: By the type invariants.
@@ -189,17 +209,23 @@ impl Restart {
     }
 
     /// Gets the root inode.
-    pub(super) fn root(self, epoch: u32) -> Option<InodeRef> {
-        // SAFETY: By the type invariants. The engine walks only between mount and unmount.
+    pub(super) fn root(self, _: &Mounted, epoch: u32) -> Option<InodeRef> {
+        // SAFETY: By the type invariants; the superblock is there.
         let inode = unsafe { bindings::fuse_restart_root(self.r, epoch) };
         // SAFETY: If it is not null then a reference came with it.
         unsafe { InodeRef::from_raw(self, inode) }
     }
 
     /// Gets the inode after `last` that is to be replayed in `epoch`.
-    pub(super) fn next(self, last: Option<&InodeRef>, epoch: u32) -> Option<InodeRef> {
+    pub(super) fn next(
+        self,
+        _: &Mounted,
+        last: Option<&InodeRef>,
+        epoch: u32,
+    ) -> Option<InodeRef> {
         let last = last.map_or(core::ptr::null_mut(), InodeRef::as_ptr);
-        // SAFETY: By the type invariants; `last` is null or referenced, so still in the list.
+        // SAFETY: By the type invariants; the superblock is there, and `last` is null or
+        // referenced, so still in its list.
         let inode = unsafe { bindings::fuse_restart_next(self.r, last, epoch) };
         // SAFETY: If it is not null then a reference came with it.
         unsafe { InodeRef::from_raw(self, inode) }

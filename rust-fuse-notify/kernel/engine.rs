@@ -11,8 +11,8 @@
 //! of the list of inodes. `end()` of the engine's requests takes no lock.
 
 use super::{
-    conn::{name, now, Restart},
-    flight::{shown, Replay, Report, Slot},
+    conn::{name, now, Mounted, Restart},
+    flight::{shown, Berth, Replay, Report},
     inode::{Claim, InodeRef},
     proto::{
         phase::{Machine, Phase},
@@ -52,9 +52,8 @@ struct Sent {
 struct State {
     machine: Machine,
     window: Window,
-    /// Each slot is pinned: [`Slot`] is only reached through [`Pin`].
-    slots: KVec<Pin<KBox<Slot<Replay>>>>,
-    report: Pin<KBox<Slot<Report>>>,
+    slots: KVec<Berth<Replay>>,
+    report: Berth<Report>,
     /// What is in each slot that the window says is taken.
     sent: KVec<Option<Sent>>,
     /// The inode up to which the walk has come.
@@ -81,17 +80,17 @@ pub(super) struct Engine {
 impl Engine {
     /// Creates the engine of a connection whose file system has this identity.
     pub(super) fn new(restart: Restart, identity: [u64; 2]) -> Result<Pin<KBox<Self>>> {
-        let mut slots = KVec::with_capacity(SLOTS, GFP_KERNEL)?;
-        let mut sent = KVec::with_capacity(SLOTS, GFP_KERNEL)?;
+        let mut slots = KVec::with_capacity(SLOTS, GFP_KERNEL_ACCOUNT)?;
+        let mut sent = KVec::with_capacity(SLOTS, GFP_KERNEL_ACCOUNT)?;
         for _ in 0..SLOTS {
-            slots.push(KBox::pin(Slot::new(restart), GFP_KERNEL)?, GFP_KERNEL)?;
-            sent.push(None, GFP_KERNEL)?;
+            slots.push(Berth::new(restart)?, GFP_KERNEL_ACCOUNT)?;
+            sent.push(None, GFP_KERNEL_ACCOUNT)?;
         }
         let state = State {
             machine: Machine::new(),
             window: Window::new(),
             slots,
-            report: KBox::pin(Slot::new(restart), GFP_KERNEL)?,
+            report: Berth::new(restart)?,
             sent,
             place: None,
             unsent: None,
@@ -107,7 +106,7 @@ impl Engine {
                 identity,
                 state <- new_mutex!(state, "fuse_restart_engine"),
             }),
-            GFP_KERNEL,
+            GFP_KERNEL_ACCOUNT,
         )
     }
 
@@ -157,7 +156,7 @@ impl Engine {
     }
 
     /// Does what can be done.
-    pub(super) fn run(&self) {
+    pub(super) fn run(&self, mounted: &Mounted) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
 
@@ -169,8 +168,8 @@ impl Engine {
         loop {
             let before = state.machine.phase();
             match before {
-                Phase::Held => self.send_root(state),
-                Phase::Replay => self.send_more(state),
+                Phase::Held => self.send_root(state, mounted),
+                Phase::Replay => self.send_more(state, mounted),
                 Phase::Settle => self.send_report(state),
                 Phase::Release => self.release(state),
                 Phase::Serving | Phase::Root | Phase::Refused | Phase::Prepared | Phase::Gone => {}
@@ -186,14 +185,10 @@ impl Engine {
     /// Collects what has landed.
     fn collect(&self, state: &mut State) {
         // Only the report's next use asks whether it has landed.
-        let _ = state.report.as_mut().take();
+        let _ = state.report.take();
 
         for index in 0..SLOTS {
-            let slot = &mut state.slots[index];
-            let Some(attr) = slot.as_mut().attr() else {
-                continue;
-            };
-            let Some(error) = slot.as_mut().take() else {
+            let Some((error, attr)) = state.slots[index].take() else {
                 continue;
             };
             state.window.give(index);
@@ -239,31 +234,31 @@ impl Engine {
     }
 
     /// Sends the root, alone.
-    fn send_root(&self, state: &mut State) {
+    fn send_root(&self, state: &mut State, mounted: &Mounted) {
         // Whatever lands of an older epoch kicks.
         if state.window.in_flight() >= SLOTS as u32 {
             return;
         }
         let epoch = state.machine.epoch();
-        let Some(root) = self.restart.root(epoch) else {
+        let Some(root) = self.restart.root(mounted, epoch) else {
             return;
         };
         if self.send(state, root, true) {
             state.tally.hold_ns = lap(&mut state.since);
             state.machine.root_sent();
         } else {
-            self.restart.kick();
+            self.restart.retry();
         }
     }
 
     /// Sends as many inodes as there are slots.
-    fn send_more(&self, state: &mut State) {
+    fn send_more(&self, state: &mut State, mounted: &Mounted) {
         let epoch = state.machine.epoch();
         while !state.walked && state.window.in_flight() < SLOTS as u32 {
             let next = match state.unsent.take() {
                 Some(inode) => Some(inode),
                 None => {
-                    let next = self.restart.next(state.place.as_ref(), epoch);
+                    let next = self.restart.next(mounted, state.place.as_ref(), epoch);
                     state.place = next.as_ref().map(InodeRef::duplicate);
                     next
                 }
@@ -274,7 +269,7 @@ impl Engine {
             };
             if !self.send(state, inode, false) {
                 // One that is in flight will kick as well.
-                self.restart.kick();
+                self.restart.retry();
                 return;
             }
         }
@@ -293,7 +288,7 @@ impl Engine {
             return false;
         };
         let claim = inode.claim();
-        match state.slots[index].as_mut().send(Replay::new(&claim), epoch) {
+        match state.slots[index].send(Replay::new(&claim), epoch) {
             Ok(()) => {
                 state.sent[index] = Some(Sent {
                     inode,
@@ -322,11 +317,11 @@ impl Engine {
         state.tally.held = held;
         state.tally.settle_ns = lap(&mut state.since);
         let report = Report::new(&state.tally.report(epoch, lowest));
-        match state.report.as_mut().send(report, state.cookie, epoch) {
+        match state.report.send(report, state.cookie, epoch) {
             Ok(()) => {
                 state.machine.prepared();
             }
-            Err(_) => self.restart.kick(),
+            Err(_) => self.restart.retry(),
         }
     }
 
@@ -350,6 +345,8 @@ impl Engine {
     /// The connection was aborted: there is nothing to recover.
     fn abandon(&self, state: &mut State) {
         if state.machine.phase() == Phase::Gone {
+            // What has landed since had a reference.
+            self.restart.teardown();
             return;
         }
         if state.machine.phase() != Phase::Serving {

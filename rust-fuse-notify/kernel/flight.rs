@@ -5,13 +5,15 @@
 //! A [`Slot`] is memory for one request: [`Replay`] or [`Report`]. It is allocated once and used
 //! again and again:
 //!
-//! 1. *idle*: the engine may fill it and send it.
-//! 2. *in flight*: it belongs to the queues, which read the arguments and write the answer.
-//! 3. *landed*: `end()` ran, in whatever task ended the request. It only took note and kicked the
-//!    engine, which reads the answer and makes the slot idle again.
+//! 1. *idle*: nobody uses it.
+//! 2. *taken*: the engine fills it.
+//! 3. *in flight*: it belongs to the queues, which read the arguments and write the answer.
+//! 4. *landed*: `end()` ran, in whatever task ended the request. It only took note and kicked the
+//!    engine, which takes the slot again, reads the answer and makes it idle.
 //!
 //! A slot that is in flight when its recovery is over is ended by the sweep, or by the reader or
-//! writer that is just copying it. Until then it is not used.
+//! writer that is just copying it. Until then it is not used, nor is its memory given back: see
+//! [`Berth`].
 
 use super::{
     conn::{report_of, Restart},
@@ -21,7 +23,12 @@ use super::{
         wire::{RestartedIn, GETATTR_REPLAY}, //
     }, //
 };
-use core::{cell::UnsafeCell, mem::size_of, pin::Pin};
+use core::{
+    cell::UnsafeCell,
+    mem::{size_of, ManuallyDrop},
+    ops::Deref,
+    pin::Pin, //
+};
 use kernel::{
     bindings,
     error::to_result,
@@ -36,8 +43,9 @@ use kernel::{
 };
 
 const IDLE: u32 = 0;
-const IN_FLIGHT: u32 = 1;
-const LANDED: u32 = 2;
+const TAKEN: u32 = 1;
+const IN_FLIGHT: u32 = 2;
+const LANDED: u32 = 3;
 
 /// What differs between the kinds of request.
 ///
@@ -125,8 +133,9 @@ impl Report {
 ///
 /// # Invariants
 ///
-/// - In the state `IN_FLIGHT`, `args` and `kind` belong to the queues and are not touched here.
-/// - In the other states they belong to whoever has a mutable reference to the slot.
+/// - In the state `IN_FLIGHT`, `args` and `kind` belong to the queues.
+/// - In the state `TAKEN` they belong to whoever changed the state to that.
+/// - In the other states nobody uses them.
 /// - `args` is the first field, so that `end()` finds the slot.
 #[repr(C)]
 pub(super) struct Slot<K: Kind> {
@@ -139,15 +148,15 @@ pub(super) struct Slot<K: Kind> {
     _pin: core::marker::PhantomPinned,
 }
 
-// SAFETY: By the type invariants what the queues use is not used here at the same time.
+// SAFETY: By the type invariants `args` and `kind` have one user at a time, whatever its thread.
 unsafe impl<K: Kind> Send for Slot<K> {}
 
-// SAFETY: As above; without a mutable reference only the atomics are used.
+// SAFETY: As above; everything else is atomic, or never written.
 unsafe impl<K: Kind> Sync for Slot<K> {}
 
 impl<K: Kind> Slot<K> {
     /// An idle slot.
-    pub(super) fn new(restart: Restart) -> Self {
+    fn new(restart: Restart) -> Self {
         Self {
             args: UnsafeCell::new(bindings::fuse_args::default()),
             restart,
@@ -163,10 +172,11 @@ impl<K: Kind> Slot<K> {
         self.state.load(Relaxed) == IDLE
     }
 
-    /// Whether the request has ended.
-    pub(super) fn has_landed(&self) -> bool {
-        // Pairs with the release in `landed()`.
-        self.state.load(Acquire) == LANDED
+    /// Takes the slot if its state is `from`.
+    fn seize(&self, from: u32) -> bool {
+        // INVARIANT: Nobody else changed the state to `TAKEN`, and in no state that this is called
+        // for does anybody use the slot. Pairs with each release: what the last user did is seen.
+        self.state.cmpxchg(from, TAKEN, Acquire).is_ok()
     }
 
     /// Fills the slot and sends it with `send`.
@@ -174,93 +184,138 @@ impl<K: Kind> Slot<K> {
     /// # Safety
     ///
     /// `send` must pass the arguments to a queue that calls `end()` once, unless it returns an
-    /// error.
+    /// error. Until then the slot must not be freed.
     unsafe fn send_with(
-        self: Pin<&mut Self>,
+        self: Pin<&Self>,
         kind: K,
         send: impl FnOnce(*mut bindings::fuse_args) -> Result,
     ) -> Result {
-        // SAFETY: The slot is not moved.
-        let this = unsafe { self.get_unchecked_mut() };
-        if !this.is_idle() {
+        if !self.seize(IDLE) {
             return Err(EBUSY);
         }
-        *this.kind.get_mut() = kind;
-        let args = this.args.get_mut();
-        *args = bindings::fuse_args::default();
-        // SAFETY: By the type invariants of `Restart`.
-        unsafe { bindings::fuse_restart_fill_creds(this.restart.as_ptr(), args) };
-        this.kind.get_mut().describe(args);
-        args.end = Some(landed::<K>);
-        let args = core::ptr::from_mut(this).cast();
+        {
+            // SAFETY: By the type invariants these are ours as long as the slot is taken.
+            let (args, mine) = unsafe { (&mut *self.args.get(), &mut *self.kind.get()) };
+            *mine = kind;
+            *args = bindings::fuse_args::default();
+            // SAFETY: By the type invariants of `Restart`.
+            unsafe { bindings::fuse_restart_fill_creds(self.restart.as_ptr(), args) };
+            mine.describe(args);
+            args.end = Some(landed::<K>);
+        }
+        // By the type invariants the arguments come first, and `end()` gets back to the slot: so this
+        // points to the slot, not to a field of it.
+        let args = core::ptr::from_ref(self.get_ref()).cast_mut().cast();
         // INVARIANT: From now on the queues have it. They may be done before `send()` returns.
-        this.state.store(IN_FLIGHT, Relaxed);
+        self.state.store(IN_FLIGHT, Relaxed);
         send(args).inspect_err(|_| {
             // INVARIANT: They never got it.
-            this.state.store(IDLE, Relaxed);
+            self.state.store(IDLE, Release);
         })
     }
 
-    /// Makes a slot idle whose request has ended; returns the error that it ended with.
+    /// Makes a slot idle whose request has ended; returns the error that it ended with, and what
+    /// `read` finds in it.
     ///
     /// Returns `None`, and does nothing, if it has not.
-    pub(super) fn take(self: Pin<&mut Self>) -> Option<i32> {
-        if !self.has_landed() {
+    fn take_with<R>(&self, read: impl FnOnce(&K) -> R) -> Option<(i32, R)> {
+        if !self.seize(LANDED) {
             return None;
         }
         let error = self.error.load(Relaxed);
-        self.state.store(IDLE, Relaxed);
-        Some(error)
+        // SAFETY: By the type invariants it is ours as long as the slot is taken.
+        let found = read(unsafe { &*self.kind.get() });
+        // INVARIANT: It is not used any more.
+        self.state.store(IDLE, Release);
+        Some((error, found))
     }
 }
 
-impl Slot<Replay> {
+/// A slot on the heap, which stays there as long as a request uses it.
+///
+/// None is in flight when the engine goes away: C frees it when the connection has no request
+/// left. Should that ever be wrong then memory is lost, not used after it was freed.
+pub(super) struct Berth<K: Kind>(ManuallyDrop<Pin<KBox<Slot<K>>>>);
+
+impl<K: Kind> Berth<K> {
+    /// Memory for an idle slot.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(super) fn new(restart: Restart) -> Result<Self> {
+        let slot = KBox::pin(Slot::new(restart), GFP_KERNEL_ACCOUNT)?;
+        Ok(Self(ManuallyDrop::new(slot)))
+    }
+}
+
+impl<K: Kind> Deref for Berth<K> {
+    type Target = Slot<K>;
+
+    fn deref(&self) -> &Slot<K> {
+        &self.0
+    }
+}
+
+impl<K: Kind> Drop for Berth<K> {
+    fn drop(&mut self) {
+        // Pairs with the release in `landed()`.
+        if self.0.state.load(Acquire) == IN_FLIGHT {
+            pr_err!("a request of a recovery is still in flight, its memory is lost\n");
+            return;
+        }
+        // SAFETY: It is not used after this.
+        unsafe { ManuallyDrop::drop(&mut self.0) };
+    }
+}
+
+impl Berth<Replay> {
     /// Sends a replay, which is void if `epoch` is over.
     ///
     /// # Errors
     ///
     /// `ENOMEM`; `EBUSY` if the slot is not idle.
-    pub(super) fn send(self: Pin<&mut Self>, replay: Replay, epoch: u32) -> Result {
+    pub(super) fn send(&self, replay: Replay, epoch: u32) -> Result {
         let chan = self.restart.chan();
         // SAFETY: `fuse_chan_send_replay()` does as is required: if it does not return an error
-        // then `end()` is called, be it in there. The slot is pinned and not freed before.
+        // then `end()` is called, be it in there. A `Berth` frees no slot before that.
         unsafe {
-            self.send_with(replay, |args| {
+            self.0.as_ref().send_with(replay, |args| {
                 to_result(bindings::fuse_chan_send_replay(chan, args, epoch))
             })
         }
     }
+}
 
-    /// What the server answered. To be called before [`Slot::take`].
-    pub(super) fn attr(self: Pin<&mut Self>) -> Option<bindings::fuse_attr> {
-        if !self.has_landed() {
-            return None;
-        }
-        // SAFETY: The slot is not moved, and by the type invariants it is ours.
-        Some(
-            unsafe { self.get_unchecked_mut() }
-                .kind
-                .get_mut()
-                .output
-                .attr,
-        )
+impl Slot<Replay> {
+    /// Makes the slot idle if its request has ended; returns the error that it ended with, and
+    /// what the server answered.
+    pub(super) fn take(&self) -> Option<(i32, bindings::fuse_attr)> {
+        self.take_with(|replay| replay.output.attr)
     }
 }
 
-impl Slot<Report> {
+impl Berth<Report> {
     /// Sends the report.
     ///
     /// # Errors
     ///
     /// `ENOMEM`; `EBUSY` if the slot is not idle.
-    pub(super) fn send(self: Pin<&mut Self>, report: Report, cookie: u64, epoch: u32) -> Result {
+    pub(super) fn send(&self, report: Report, cookie: u64, epoch: u32) -> Result {
         let chan = self.restart.chan();
         // SAFETY: As for a replay.
         unsafe {
-            self.send_with(report, |args| {
+            self.0.as_ref().send_with(report, |args| {
                 to_result(bindings::fuse_chan_send_report(chan, args, cookie, epoch))
             })
         }
+    }
+}
+
+impl Slot<Report> {
+    /// Makes the slot idle if its request has ended; returns whether it had.
+    pub(super) fn take(&self) -> bool {
+        self.take_with(|_| ()).is_some()
     }
 }
 
@@ -272,12 +327,13 @@ impl Slot<Report> {
 /// `args` must be those of a [`Slot<K>`] that is in flight.
 unsafe extern "C" fn landed<K: Kind>(args: *mut bindings::fuse_args, error: c_int) {
     let slot = args.cast::<Slot<K>>();
-    // SAFETY: By the requirements of this function and since `args` is the first field. While the
-    // slot is in flight nobody has a mutable reference, and the fields that are used are atomics,
-    // or never written.
-    let (restart, state, noted) = unsafe { ((*slot).restart, &(*slot).state, &(*slot).error) };
-    noted.store(error, Relaxed);
-    // INVARIANT: The queues are done with it. Pairs with the acquire in `has_landed()`.
-    state.store(LANDED, Release);
+    // SAFETY: By the requirements of this function and since `args` is the first field. Nobody ever
+    // has a mutable reference to a slot.
+    let slot = unsafe { &*slot };
+    // From `LANDED` on the slot is somebody else's, and may be gone.
+    let restart = slot.restart;
+    slot.error.store(error, Relaxed);
+    // INVARIANT: The queues are done with it. Pairs with the acquire in `seize()`.
+    slot.state.store(LANDED, Release);
     restart.kick();
 }

@@ -32,7 +32,7 @@ mod flight;
 mod inode;
 pub mod proto;
 
-use conn::Restart;
+use conn::{Mounted, Restart};
 use engine::Engine;
 
 const __LOG_PREFIX: &[u8] = b"fuse\0";
@@ -108,11 +108,12 @@ pub unsafe extern "C" fn fuse_restart_engine_notify(
 ///
 /// # Safety
 ///
-/// `engine` must be alive.
+/// `engine` must be alive, and the superblock must not go away before this returns.
 #[export]
 pub unsafe extern "C" fn fuse_restart_engine_run(engine: *mut c_void) {
     // SAFETY: By the requirements of this function.
-    unsafe { borrow(engine) }.run();
+    let (engine, mounted) = unsafe { (borrow(engine), Mounted::new()) };
+    engine.run(&mounted);
 }
 
 /// Ends any recovery for good: the superblock is going away.

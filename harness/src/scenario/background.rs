@@ -41,6 +41,11 @@ pub fn scenarios() -> Vec<Scenario> {
             held_write,
         ),
         Scenario::series(
+            "background/revoked-unread",
+            "who waits for a revoked file gets EIO, and its pages back, though the new server reads nothing",
+            revoked_unread,
+        ),
+        Scenario::series(
             "background/held-two-inodes",
             "a held LINK or RENAME that names a revoked inode gets EIO",
             two_inodes,
@@ -70,9 +75,11 @@ fn narrow<'a>(env: &'a Env<'a>, flags: u64) -> Result<Kit<'a>> {
     Ok(kit)
 }
 
-fn slots_full(env: &Env<'_>) -> Result<()> {
-    let mut kit = narrow(env, 0)?;
-    let fd = open(&mut kit, "big", OFlag::O_RDONLY)?;
+type Reader = (i64, crate::raw::app::App<ops::Done<Vec<u8>>>);
+
+/// Six readers of "big" whose requests are in dead hands as far as there are slots, and wait for one otherwise.
+fn six_readers(kit: &mut Kit<'_>) -> Result<(Vec<Reader>, Vec<Message>)> {
+    let fd = open(kit, "big", OFlag::O_RDONLY)?;
     // Readers far apart: each starts background reads of its own, two of which fill the slots.
     let mut readers = Vec::new();
     for i in 0..6i64 {
@@ -93,6 +100,44 @@ fn slots_full(env: &Env<'_>) -> Result<()> {
     while kit.readable()? {
         read.push(kit.until_op(op::READ)?);
     }
+    Ok((readers, read))
+}
+
+/// Nothing is read from the device after COMMIT.
+fn revoked_unread(env: &Env<'_>) -> Result<()> {
+    let mut kit = narrow(env, 0)?;
+    let big = kit.tree.child(ROOT, "big").context("big")?;
+    let (readers, read) = six_readers(&mut kit)?;
+    ensure!(read.len() < 6, "no request waits for a slot");
+    let other = kit.on("stat", "small", |p| ops::stat(p).map(drop))?;
+    let old = kit.until_op(op::GETATTR)?;
+    kit.recover_with(&mut |_, r| (r.nodeid == big).then_some(Answer::Err(libc::ESTALE)))?;
+    for (i, reader) in &readers {
+        let result = reader
+            .finish(kit.patience)
+            .with_context(|| format!("reader {i} waits for a server that was not asked"))?;
+        super::help::expect_errno(&format!("reader {i}"), result, nix::errno::Errno::EIO)?;
+    }
+    // What is left is what the server owes.
+    kit.conn.wait_waiting(1, kit.patience)?;
+    let new = kit.next_request()?;
+    expect_resent(&kit, &old, &new)?;
+    kit.answer(&new)?;
+    ensure!(kit.serve(&other)? == Ok(()), "stat");
+    // The slots are free again.
+    kit.tree.file(ROOT, "next", &content(1 << 20));
+    let got = kit.run_on("read", "next", ops::read_file)?;
+    ensure!(
+        got == Ok(content(1 << 20)),
+        "another file reads other bytes"
+    );
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+fn slots_full(env: &Env<'_>) -> Result<()> {
+    let mut kit = narrow(env, 0)?;
+    let (readers, read) = six_readers(&mut kit)?;
     let recovered = kit.recover()?;
     ensure!(
         recovered.replays.len() == 3,

@@ -34,16 +34,6 @@ pub fn scenarios() -> Vec<Scenario> {
             bad_cookie,
         ),
         Scenario::series(
-            "bad-input/identity",
-            "a server for another file system is ESTALE",
-            wrong_identity,
-        ),
-        Scenario::series(
-            "bad-input/identity-none",
-            "a keeper that knows no identity may say RESTARTED",
-            no_identity,
-        ),
-        Scenario::series(
             "bad-input/probe",
             "COMMIT while serving is ESTALE and changes nothing",
             probe,
@@ -108,7 +98,7 @@ pub fn scenarios() -> Vec<Scenario> {
     ]
 }
 
-fn good() -> RestartedOut {
+pub(super) fn good() -> RestartedOut {
     RestartedOut {
         cookie: COOKIE_BIT | 9,
         identity: IDENTITY,
@@ -117,7 +107,10 @@ fn good() -> RestartedOut {
 }
 
 /// The state before and after must be the same, and the connection must work.
-fn untouched(env: &Env<'_>, attack: impl FnOnce(&mut Kit<'_>) -> Result<()>) -> Result<()> {
+pub(super) fn untouched(
+    env: &Env<'_>,
+    attack: impl FnOnce(&mut Kit<'_>) -> Result<()>,
+) -> Result<()> {
     let mut kit = populated(env, 3)?;
     let before = kit.conn.recovery()?;
     attack(&mut kit)?;
@@ -204,35 +197,6 @@ fn bad_cookie(env: &Env<'_>) -> Result<()> {
         }
         Ok(())
     })
-}
-
-fn wrong_identity(env: &Env<'_>) -> Result<()> {
-    untouched(env, |kit| {
-        for identity in [
-            [IDENTITY[0], 0],
-            [0, IDENTITY[1]],
-            [IDENTITY[0], IDENTITY[1] ^ 1],
-            [1, 1],
-            [u64::MAX; 2],
-        ] {
-            let out = RestartedOut { identity, ..good() };
-            expect_errno(
-                &format!("identity {identity:x?}"),
-                kit.dev.restarted(out),
-                Errno::ESTALE,
-            )?;
-        }
-        Ok(())
-    })
-}
-
-fn no_identity(env: &Env<'_>) -> Result<()> {
-    let mut kit = populated(env, 3)?;
-    kit.restarted_as([0; 2])
-        .context("RESTARTED without an identity")?;
-    kit.conn.wait_state(&["held", "root"], kit.patience)?;
-    kit.check_counts_in_recovery()?;
-    still_serves(&mut kit)
 }
 
 fn probe(env: &Env<'_>) -> Result<()> {

@@ -10,13 +10,14 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
-use super::help::{enter, expect_resent, leave, populated, still_serves, PHASES};
+use super::help::{enter, expect_resent, leave, populated, still_serves, Phase, PHASES};
 use super::waits::flushed_then_released;
 use super::Scenario;
 use crate::raw::app::{state, Proc};
 use crate::raw::env::Env;
 use crate::raw::kit::Kit;
 use crate::raw::ops;
+use crate::raw::trap::Trap;
 use crate::raw::wait::wait_for;
 use crate::raw::wire::{notify, op, InvalEntryOut, ROOT, UNIQUE_RESEND};
 
@@ -41,6 +42,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "kill/open-file",
             "also when it has a file open whose FLUSH nobody answers",
             open_file,
+        ),
+        Scenario::series(
+            "kill/late-create",
+            "also when its open(O_CREAT) was answered by the dead server, and the file is to be released",
+            late_create,
         ),
         Scenario::series(
             "kill/not-resent",
@@ -196,6 +202,36 @@ fn open_file(env: &Env<'_>) -> Result<()> {
     Ok(())
 }
 
+fn late_create(env: &Env<'_>) -> Result<()> {
+    // The others count on the server's table, which has a file that nobody consumed.
+    for phase in [Phase::Said, Phase::Root, Phase::Reported] {
+        let mut kit = populated(env, 3)?;
+        let trap = Trap::arm("create_answered")?;
+        let path = kit.path("new");
+        let mut app = Proc::spawn("open(O_CREAT)", &[kit.dev.raw()], move || {
+            i32::from(ops::open(&path, OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR).is_err())
+        })?;
+        let m = kit.until_op(op::CREATE)?;
+        kit.answer(&m)?;
+        trap.wait(kit.patience)?;
+        enter(&mut kit, phase)?;
+        // The answer counts for nobody, so the next server is asked for the name, once it serves.
+        let base = kit.conn.waiting()?;
+        trap.go();
+        kit.conn.wait_waiting(base + 1, kit.patience)?;
+        app.wait_asleep(kit.patience)?;
+        dies(&kit, &mut app, &format!("in open(O_CREAT) in {phase:?}"))?;
+        leave(&mut kit, None)?;
+        kit.recover().with_context(|| format!("in {phase:?}"))?;
+        let released = |kit: &Kit<'_>| kit.served.iter().any(|m| m.is(op::RELEASE));
+        kit.serve_until("RELEASE of what was opened", |kit| Ok(released(kit)))?;
+        kit.check_counts()
+            .with_context(|| format!("in {phase:?}"))?;
+        still_serves(&mut kit)?;
+    }
+    Ok(())
+}
+
 fn not_resent(env: &Env<'_>) -> Result<()> {
     let mut kit = populated(env, 3)?;
     let mut doomed = mkdir_process(&kit, "doomed")?;
@@ -342,6 +378,8 @@ fn server_reading(env: &Env<'_>) -> Result<()> {
         server.signal(Signal::SIGKILL)?;
         server.wait(kit.patience)?;
         kit.conn.wait_waiting(1, kit.patience)?;
+        // It is counted before it is queued.
+        app.wait_asleep(kit.patience)?;
         let recovered = kit.recover()?;
         ensure!(
             recovered.report.held == 1,

@@ -8,6 +8,7 @@ mod aftermath;
 mod again;
 mod answer;
 mod background;
+mod bad_identity;
 mod bad_inode;
 mod bad_input;
 mod clones;
@@ -24,6 +25,7 @@ mod kill;
 mod late;
 mod lost;
 mod module;
+mod no_memory;
 mod patience;
 mod replay;
 mod resend;
@@ -133,7 +135,8 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 37] = [
+    let families: [fn() -> Vec<Scenario>; 39] = [
+        bad_identity::scenarios,
         bad_input::scenarios,
         replay::scenarios,
         resend::scenarios,
@@ -149,6 +152,7 @@ fn table() -> Vec<Scenario> {
         unmount::scenarios,
         fuseblk::scenarios,
         module::scenarios,
+        no_memory::scenarios,
         unprivileged::scenarios,
         hostile::scenarios,
         bad_inode::scenarios,

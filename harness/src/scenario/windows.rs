@@ -23,7 +23,7 @@ use crate::raw::sleeper::{Copying, Sleeper};
 use crate::raw::trap::Trap;
 use crate::raw::tree::Answer;
 use crate::raw::wait::wait_for;
-use crate::raw::wire::{notify, op, InvalInodeOut, ROOT};
+use crate::raw::wire::{notify, op, InvalInodeOut, RetrieveOut, ROOT, UNIQUE_RESEND};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![
@@ -41,6 +41,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "windows/notify-after-commit",
             "notifications are accepted from COMMIT on, before the first request is delivered",
             notify_after_commit,
+        ),
+        Scenario::series(
+            "windows/retrieve-after-commit",
+            "an answer to RETRIEVE carries the server's cookie, whatever bits that has",
+            retrieve_after_commit,
         ),
         Scenario::series(
             "windows/unmount-in-release",
@@ -187,6 +192,41 @@ fn notify_after_commit(env: &Env<'_>) -> Result<()> {
     );
     trap.go();
     ensure!(said == Ok(()), "INVAL_INODE after COMMIT gave {said:?}");
+    super::resend::all_ok(&mut kit, &jobs)?;
+    still_serves(&mut kit)
+}
+
+fn retrieve_after_commit(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    // So that there is data that RETRIEVE could give away.
+    let read = kit.run_on("read", "f1", ops::read_file)?;
+    ensure!(read.is_ok(), "read: {read:?}");
+    kit.settle()?;
+    let (jobs, _) = park_stats(&mut kit, 2)?;
+    kit.restarted()?;
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    let trap = Trap::arm("release")?;
+    kit.commit_epoch(recovered.report.epoch)?;
+    kit.tree.adopt(&recovered.replays);
+    trap.wait(kit.patience)?;
+    let cookie = UNIQUE_RESEND | 0x00ab_cdef_0123_4567;
+    let retrieve = RetrieveOut {
+        notify_unique: cookie,
+        nodeid: kit.tree.child(ROOT, "f1").context("f1")?,
+        offset: 0,
+        size: 10,
+        padding: 0,
+    };
+    let said = kit.dev.notify(notify::RETRIEVE, &retrieve, &[]);
+    trap.go();
+    ensure!(said == Ok(()), "RETRIEVE after COMMIT gave {said:?}");
+    kit.wait_serving()?;
+    let answer = kit.until("the answer to RETRIEVE", |m| m.is(op::NOTIFY_REPLY))?;
+    ensure!(
+        answer.unique() == cookie,
+        "the answer to RETRIEVE carries {:#x}, not {cookie:#x}",
+        answer.unique()
+    );
     super::resend::all_ok(&mut kit, &jobs)?;
     still_serves(&mut kit)
 }

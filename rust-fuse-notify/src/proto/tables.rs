@@ -54,12 +54,14 @@ pub fn demands() -> Result<(), usize> {
     };
     let table = [
         (out(COOKIE, 0, 0, [0, 0]), Ok(Demand::Restarted)),
-        (out(COOKIE | 5, 0, 9, known), Ok(Demand::Restarted)),
+        (out(COOKIE | 5, 0, 0, known), Ok(Demand::Restarted)),
         (out(COOKIE, COMMIT, 3, known), Ok(Demand::Commit(3))),
         (out(1, 0, 0, known), Err(Refusal::Malformed)),
         (out(COOKIE, 2, 0, known), Err(Refusal::Malformed)),
         (out(COOKIE, 0, 0, [0x11, 0]), Err(Refusal::WrongIdentity)),
+        (out(COOKIE, 0, 9, known), Err(Refusal::Malformed)),
         (out(COOKIE, COMMIT, 1, [1, 2]), Err(Refusal::WrongIdentity)),
+        (out(COOKIE, COMMIT, 1, [0, 0]), Err(Refusal::WrongIdentity)),
         // A malformed one is that, whoever sent it.
         (out(0, 0, 0, [1, 2]), Err(Refusal::Malformed)),
     ];

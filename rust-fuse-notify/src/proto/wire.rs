@@ -30,9 +30,10 @@ pub struct RestartedOut {
     pub cookie: u64,
     /// [`COMMIT`] or nothing.
     pub flags: u32,
-    /// With [`COMMIT`] the epoch of the report.
+    /// With [`COMMIT`] the epoch of the report, else zero.
     pub epoch: u32,
-    /// The identity from the INIT reply, or zero.
+    /// The identity from the INIT reply. Without [`COMMIT`] it may be zero: who only keeps the
+    /// descriptor knows none.
     pub identity: [u64; 2],
 }
 
@@ -78,7 +79,7 @@ pub enum Demand {
 /// Why a notification is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// `EINVAL`: unknown flag, or a cookie without bit 62.
+    /// `EINVAL`: unknown flag, a cookie without bit 62, or an epoch without [`COMMIT`].
     Malformed,
     /// `ESTALE`: the server serves another file system.
     WrongIdentity,
@@ -93,16 +94,17 @@ impl RestartedOut {
     ///
     /// # Errors
     ///
-    /// [`Refusal::Malformed`], or [`Refusal::WrongIdentity`] if it names an identity and that is
-    /// not `known`.
+    /// [`Refusal::Malformed`], or [`Refusal::WrongIdentity`] if it names an identity that is not
+    /// `known`; COMMIT has to name it.
     pub fn demand(&self, known: [u64; 2]) -> Result<Demand, Refusal> {
-        if self.flags & !COMMIT != 0 || self.cookie & COOKIE == 0 {
+        let commit = self.flags & COMMIT != 0;
+        if self.flags & !COMMIT != 0 || self.cookie & COOKIE == 0 || (!commit && self.epoch != 0) {
             return Err(Refusal::Malformed);
         }
-        if self.identity != [0, 0] && self.identity != known {
+        if self.identity != known && (commit || self.identity != [0, 0]) {
             return Err(Refusal::WrongIdentity);
         }
-        if self.flags & COMMIT != 0 {
+        if commit {
             return Ok(Demand::Commit(self.epoch));
         }
         Ok(Demand::Restarted)
