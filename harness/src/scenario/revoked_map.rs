@@ -18,6 +18,7 @@ use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::ops;
 use crate::raw::rare;
+use crate::raw::trap::Trap;
 use crate::raw::wire::{fopen, init, op, ROOT};
 
 /// What a process has done to its mapping before the file was revoked.
@@ -43,7 +44,7 @@ pub fn scenarios() -> Vec<Scenario> {
     for look_at in [LookAt::Mapped, LookAt::Cached, LookAt::Read, LookAt::Splice] {
         all.push(Scenario::series(
             format!("revoked-map/at-once-{look_at:?}").to_lowercase(),
-            "no old data once the connection serves, whatever the teardown waits for",
+            "no old data once the connection serves, however late the teardown is",
             move |env| at_once(env, look_at),
         ));
     }
@@ -179,9 +180,12 @@ fn at_once(env: &Env<'_>, look_at: LookAt) -> Result<()> {
     ensure!(wrote == Ok(4096), "the write gave {wrote:?}");
     let sync = kit.app("fsync", move || ops::fsync(fd))?;
     kit.until_op(op::WRITE)?;
+    let trap = Trap::arm("teardown")?;
     lose(&mut kit, &[cached, dirty])?;
+    trap.wait(kit.patience)?;
     // Nobody serves: its end sends nothing that is waited for.
     let status = staged.go_alone(kit.patience)?;
+    trap.go();
     match look_at {
         LookAt::Read | LookAt::Splice => ensure!(
             matches!(status, WaitStatus::Exited(_, 0)),
