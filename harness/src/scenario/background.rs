@@ -46,6 +46,11 @@ pub fn scenarios() -> Vec<Scenario> {
             revoked_unread,
         ),
         Scenario::series(
+            "background/writeback-revoked-unread",
+            "the same for dirty pages whose WRITEs wait for a background slot",
+            writeback_revoked_unread,
+        ),
+        Scenario::series(
             "background/held-two-inodes",
             "a held LINK or RENAME that names a revoked inode gets EIO",
             two_inodes,
@@ -233,6 +238,26 @@ fn writeback_revoked(env: &Env<'_>) -> Result<()> {
         "fsync of a revoked file says {result:?}: the data is nowhere"
     );
     no_request_names(&mut kit, big, || true)?;
+    still_serves(&mut kit)
+}
+
+/// WRITEs are not kept from being made by full slots, so that most of them wait behind the two.
+fn writeback_revoked_unread(env: &Env<'_>) -> Result<()> {
+    let mut kit = narrow(env, init::WRITEBACK_CACHE)?;
+    let big = kit.tree.child(ROOT, "big").context("big")?;
+    let fd = open(&mut kit, "big", OFlag::O_RDWR)?;
+    let wrote = kit.run("write", move || ops::pwrite(fd, &[7; 1 << 20], 0))?;
+    ensure!(wrote == Ok(1 << 20), "the write gave {wrote:?}");
+    let sync = kit.app("fsync", move || ops::fsync(fd))?;
+    kit.until_op(op::WRITE)?;
+    kit.recover_with(&mut |_, r| (r.nodeid == big).then_some(Answer::Err(libc::ESTALE)))?;
+    let result = sync
+        .finish(kit.patience)
+        .context("fsync waits for a server that was not asked")?;
+    super::help::expect_errno("fsync", result, nix::errno::Errno::EIO)?;
+    kit.conn.wait_waiting(0, kit.patience)?;
+    no_request_names(&mut kit, big, || true)?;
+    kit.check_counts()?;
     still_serves(&mut kit)
 }
 

@@ -24,6 +24,7 @@ use crate::raw::kit::{Config, Kit};
 use crate::raw::ops;
 use crate::raw::rare;
 use crate::raw::recover::Recovered;
+use crate::raw::trap::Trap;
 use crate::raw::wire::{fopen, init, op, ROOT};
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -71,6 +72,23 @@ pub fn scenarios() -> Vec<Scenario> {
             |env| late(env, true),
         ),
     ]
+}
+
+/// A recovery before which the files were changed, while there was no server.
+///
+/// What is stale is dropped in the background, too: where there are traps not before the one that is returned is gone,
+/// so that nobody gets old data however late that is.
+pub(super) fn changed_meanwhile_late(
+    kit: &mut Kit<'_>,
+    change: impl FnOnce(&mut Kit<'_>),
+) -> Result<Option<Trap>> {
+    kit.settle()?;
+    let trap = Trap::arm_if_any("teardown")?;
+    changed_meanwhile(kit, change)?;
+    if let Some(trap) = &trap {
+        trap.wait(kit.patience)?;
+    }
+    Ok(trap)
 }
 
 /// A recovery before which the files were changed, while there was no server.
@@ -212,7 +230,7 @@ fn symlink(env: &Env<'_>) -> Result<()> {
         "the link was not cached"
     );
     // As long as before, and no time stamp tells.
-    changed_meanwhile(&mut kit, |kit| {
+    let _late = changed_meanwhile_late(&mut kit, |kit| {
         kit.tree.node_mut(link).data = b"f1".to_vec();
     })?;
     let read = kit.run_on("read through", "link", ops::read_file)?;

@@ -13,7 +13,7 @@ use nix::sys::wait::WaitStatus;
 
 use super::help::{open, populate, still_serves};
 use super::lost::{node, Staged};
-use super::stale::changed_meanwhile;
+use super::stale::{changed_meanwhile, changed_meanwhile_late};
 use super::Scenario;
 use crate::raw::app::faults_kill;
 use crate::raw::env::Env;
@@ -104,7 +104,7 @@ fn keep_cache(env: &Env<'_>, flags: u64, data: &'static [u8]) -> Result<()> {
     kit.served.clear();
     kit.run("pread", move || ops::pread(fd, 12, 0))??;
     ensure!(reads_of(&kit) == 0, "the data was not cached");
-    changed_meanwhile(&mut kit, |kit| change(kit, data))?;
+    let _late = changed_meanwhile_late(&mut kit, |kit| change(kit, data))?;
     let read = kit.run("pread", move || ops::pread(fd, 12, 0))?;
     ensure!(
         read == Ok(data[..12].to_vec()),
@@ -155,7 +155,7 @@ fn looker(kit: &mut Kit<'_>) -> Result<Staged> {
 fn mapping(env: &Env<'_>) -> Result<()> {
     let (mut kit, _) = cached(env, 0)?;
     let staged = looker(&mut kit)?;
-    changed_meanwhile(&mut kit, |kit| change(kit, NEW))?;
+    let _late = changed_meanwhile_late(&mut kit, |kit| change(kit, NEW))?;
     let status = staged.go(&mut kit)?;
     ensure!(
         matches!(status, WaitStatus::Exited(_, code) if code == i32::from(b'C')),
@@ -168,7 +168,7 @@ fn mapping(env: &Env<'_>) -> Result<()> {
 
 fn splice(env: &Env<'_>) -> Result<()> {
     let (mut kit, fd) = cached(env, 0)?;
-    changed_meanwhile(&mut kit, |kit| change(kit, NEW))?;
+    let _late = changed_meanwhile_late(&mut kit, |kit| change(kit, NEW))?;
     let spliced = kit.run("splice", move || {
         let (read, write) = nix::unistd::pipe()?;
         use std::os::fd::AsRawFd;
