@@ -217,12 +217,7 @@ impl Restart {
     }
 
     /// Gets the inode after `last` that is to be replayed in `epoch`.
-    pub(super) fn next(
-        self,
-        _: &Mounted,
-        last: Option<&InodeRef>,
-        epoch: u32,
-    ) -> Option<InodeRef> {
+    pub(super) fn next(self, _: &Mounted, last: Option<&InodeRef>, epoch: u32) -> Option<InodeRef> {
         let last = last.map_or(core::ptr::null_mut(), InodeRef::as_ptr);
         // SAFETY: By the type invariants; the superblock is there, and `last` is null or
         // referenced, so still in its list.

@@ -203,7 +203,7 @@ impl<K: Kind> Slot<K> {
             mine.describe(args);
             args.end = Some(landed::<K>);
         }
-        // By the type invariants the arguments come first, and `end()` gets back to the slot: so this
+        // By the type invariants the arguments come first, and `end()` gets back to the slot: this
         // points to the slot, not to a field of it.
         let args = core::ptr::from_ref(self.get_ref()).cast_mut().cast();
         // INVARIANT: From now on the queues have it. They may be done before `send()` returns.

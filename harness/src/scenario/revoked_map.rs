@@ -147,6 +147,7 @@ fn expect_sigbus(status: WaitStatus) -> Result<()> {
 /// read yet. What applications see must not wait for that: here nothing is read from the device between COMMIT and
 /// the look. The page is in the cache, and in the process's table or not.
 fn at_once(env: &Env<'_>, look_at: LookAt) -> Result<()> {
+    let trap = Trap::arm("teardown")?;
     let mut kit = Kit::granted_with(env, Config::with(init::WRITEBACK_CACHE))?;
     kit.tree.open_flags = fopen::KEEP_CACHE;
     // Looked up last, and so the first in the background's list.
@@ -180,7 +181,6 @@ fn at_once(env: &Env<'_>, look_at: LookAt) -> Result<()> {
     ensure!(wrote == Ok(4096), "the write gave {wrote:?}");
     let sync = kit.app("fsync", move || ops::fsync(fd))?;
     kit.until_op(op::WRITE)?;
-    let trap = Trap::arm("teardown")?;
     lose(&mut kit, &[cached, dirty])?;
     trap.wait(kit.patience)?;
     // Nobody serves: its end sends nothing that is waited for.
