@@ -22,10 +22,22 @@ pub enum Fate {
     Untested,
 }
 
+/// Which death of its case a cell is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Death {
+    First,
+    Second,
+    /// Of the keeper.
+    Keeper,
+    SecondKeeper,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Row {
     pub opcode: String,
     pub point: String,
+    pub death: Death,
     /// With a descriptor for each thread, on a kernel that only sends again.
     pub cloned: bool,
     pub cases: u64,
@@ -62,7 +74,10 @@ impl Explained {
             .map(|((lacks, name), cell)| row(lacks, name, &cell))
             .collect();
         cells.sort_by(|a, b| {
-            let key = |row: &Row| (row.cloned, row.opcode.clone(), row.point.clone());
+            let key = |row: &Row| {
+                let (opcode, point) = (row.opcode.clone(), row.point.clone());
+                (row.cloned, row.death, opcode, point)
+            };
             key(a).cmp(&key(b))
         });
         let count = |fate| cells.iter().filter(|row| row.fate == fate).count();
@@ -93,39 +108,75 @@ impl Explained {
         )
     }
 
-    pub fn table(&self, markdown: bool) -> String {
-        let mut text = String::new();
-        let mut line = |columns: [&str; 6]| {
-            text += &match markdown {
-                true => format!("| {} |\n", columns.join(" | ")),
-                false => format!(
-                    "{:<16} {:<34} {:>6} {:>6} {:>6}  {}\n",
-                    columns[0], columns[1], columns[2], columns[3], columns[4], columns[5]
-                ),
-            };
+    /// A line for each cell.
+    pub fn table(&self) -> String {
+        let line = |columns: [&str; 6]| {
+            let [opcode, point, cases, differ, beside, why] = columns;
+            format!("{opcode:<16} {point:<34} {cases:>6} {differ:>6} {beside:>6}  {why}\n")
         };
-        line(["opcode", "point", "cases", "differ", "beside", "or why not"]);
-        if markdown {
-            line(["---", "---", "---:", "---:", "---:", "---"]);
-        }
+        let head = ["opcode", "point", "cases", "differ", "beside", "or why not"];
+        let mut text = line(head);
         for row in &self.cells {
             let numbers = [row.cases, row.differ, row.beside].map(|n| n.to_string());
-            let point = match row.cloned {
-                true => format!("{} (cloned)", row.point),
-                false => row.point.clone(),
-            };
-            let reason = row.reason.as_deref().unwrap_or_default();
-            let why = match row.fate {
-                Fate::Differs => String::new(),
-                Fate::Reason => reason.to_owned(),
-                Fate::Unexplained => "unexplained".into(),
-                Fate::Refuted => format!("reason refuted: {reason}"),
-                Fate::Untested => "untested".into(),
-            };
             let [cases, differ, beside] = &numbers;
-            line([&row.opcode, &point, cases, differ, beside, &why]);
+            let point = format!("{}{}", row.point, row.of());
+            text += &line([&row.opcode, &point, cases, differ, beside, &row.why()]);
         }
         text
+    }
+
+    /// The same as Markdown: a line for what is of one opcode and has one reason, or differs.
+    pub fn markdown(&self) -> String {
+        let mut groups: Vec<(&Row, String)> = Vec::new();
+        for row in &self.cells {
+            let cases = match row.differ {
+                0 => format!("{} {}", row.point, row.cases),
+                differ => format!("{} {differ} of {}", row.point, row.cases),
+            };
+            let beside = match row.beside {
+                0 => String::new(),
+                beside => format!(" ({beside} beside)"),
+            };
+            let like = |(first, _): &&mut (&Row, String)| {
+                (&first.opcode, first.of(), first.why()) == (&row.opcode, row.of(), row.why())
+            };
+            match groups.iter_mut().find(like) {
+                Some((_, points)) => *points += &format!(", {cases}{beside}"),
+                None => groups.push((row, cases + &beside)),
+            }
+        }
+        let mut text = "| opcode | points with cases | or why not |\n|---|---|---|\n".to_owned();
+        for (row, points) in groups {
+            let (opcode, of, why) = (&row.opcode, row.of(), row.why());
+            text += &format!("| {opcode}{of} | {points} | {why} |\n");
+        }
+        text
+    }
+}
+
+impl Row {
+    fn why(&self) -> String {
+        let reason = self.reason.as_deref().unwrap_or_default();
+        match self.fate {
+            Fate::Differs => String::new(),
+            Fate::Reason => reason.to_owned(),
+            Fate::Unexplained => "unexplained".into(),
+            Fate::Refuted => format!("reason refuted: {reason}"),
+            Fate::Untested => "untested".into(),
+        }
+    }
+
+    fn of(&self) -> &'static str {
+        match (self.death, self.cloned) {
+            (Death::First, false) => "",
+            (Death::First, true) => " (cloned)",
+            (Death::Second, false) => " (second death)",
+            (Death::Second, true) => " (second death, cloned)",
+            (Death::Keeper, false) => " (keeper)",
+            (Death::Keeper, true) => " (keeper, cloned)",
+            (Death::SecondKeeper, false) => " (keeper, second death)",
+            (Death::SecondKeeper, true) => " (keeper, second death, cloned)",
+        }
     }
 }
 
@@ -137,11 +188,11 @@ fn row(lacks: Lacks, name: &str, cell: &Cell) -> Row {
         .unwrap_or(whole)
         .split_once('.')
         .unwrap_or((name, ""));
-    let point = match (keeper, second) {
-        (Some(_), Some(_)) => format!("{point} (second death, keepers)"),
-        (Some(_), None) => format!("{point} (keeper)"),
-        (None, Some(_)) => format!("{point} (second death)"),
-        (None, None) => point.to_owned(),
+    let death = match (keeper, second) {
+        (Some(_), Some(_)) => Death::SecondKeeper,
+        (Some(_), None) => Death::Keeper,
+        (None, Some(_)) => Death::Second,
+        (None, None) => Death::First,
     };
     let reason = cells::reason(lacks, name);
     let fate = if cell.refuted > 0 {
@@ -157,7 +208,8 @@ fn row(lacks: Lacks, name: &str, cell: &Cell) -> Row {
     };
     Row {
         opcode: opcode.to_owned(),
-        point,
+        point: point.to_owned(),
+        death,
         cloned: lacks.descriptor,
         cases: cell.cases,
         differ: cell.differ,
@@ -256,17 +308,45 @@ mod tests {
             told.summary(),
             "4 cells: 1 differ, 1 with a reason, 1 unexplained, 1 refuted, 0 untested"
         );
-        let text = told.table(true);
-        for line in [
-            "| mkdir | end | 1 | 0 | 0 | the kernel has the answer: not sent again |",
-            "| mkdir | mkdirat | 1 | 0 | 0 | unexplained |",
-            "| mkdir | reply | 1 | 1 | 0 |  |",
-            "| mkdir | start | 1 | 1 | 0 | reason refuted: nothing is done yet: ",
-        ] {
-            assert!(text.contains(line), "{text}");
-        }
+        let table = told.table();
+        let lines: Vec<Vec<&str>> = table
+            .lines()
+            .map(|l| l.split_whitespace().collect())
+            .collect();
+        assert_eq!(lines[1][..6], ["mkdir", "end", "1", "0", "0", "the"]);
+        assert_eq!(
+            lines[2][..6],
+            ["mkdir", "mkdirat", "1", "0", "0", "unexplained"]
+        );
+        assert_eq!(lines[3], ["mkdir", "reply", "1", "1", "0"]);
+        assert_eq!(
+            lines[4][..7],
+            ["mkdir", "start", "1", "1", "0", "reason", "refuted:"]
+        );
         let json = serde_json::to_string(&told).unwrap();
         assert!(json.contains("\"unexplained\":1,\"refuted\":1"), "{json}");
         assert!(explained(&[("t1-wt/mkdir/0/mkdir.reply:1", Differs, &[])]).fine());
+    }
+
+    #[test]
+    fn markdown_has_a_line_for_each_reason_of_an_opcode() {
+        use Verdict::{Differs, Same};
+        let told = explained(&[
+            ("t1-wt/mkdir/0/mkdir.mkdirat:1", Differs, &[]),
+            ("t1-wt/mkdir/0/mkdir.reply:1", Differs, &[]),
+            ("t4-wt/mkdir/0/mkdir.reply:1", Differs, &["link.reply"]),
+            ("t4-wt/mkdir/0/mkdir.reply:1", Same, &[]),
+            ("t1-wt/mkdir/0/mkdir.end:1", Same, &[]),
+            ("t1-wt/twice/0/mkdir.reply:1+recover.end:1", Differs, &[]),
+        ]);
+        let lines: Vec<String> = told.markdown().lines().skip(2).map(str::to_owned).collect();
+        assert_eq!(
+            lines,
+            [
+                "| mkdir | end 1 | the kernel has the answer: not sent again |",
+                "| mkdir | mkdirat 1 of 1, reply 2 of 3 (1 beside) |  |",
+                "| recover (second death) | end 1 of 1 |  |",
+            ]
+        );
     }
 }

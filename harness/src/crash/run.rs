@@ -226,7 +226,7 @@ impl<'a> Matrix<'a> {
         print!("{}", self.tally.table(false));
         let mut cells = String::new();
         if let Some(explained) = &self.tally.explained {
-            print!("\n{}", explained.table(false));
+            print!("\n{}", explained.table());
             cells = format!("; {}", explained.summary());
         }
         println!(
@@ -403,7 +403,7 @@ impl<'a> Matrix<'a> {
         if let Some(path) = &self.args.markdown {
             let mut text = self.tally.table(true);
             if let Some(explained) = &self.tally.explained {
-                text += &format!("\n{}", explained.table(true));
+                text += &format!("\n{}", explained.markdown());
             }
             write(path, &text)?;
         }

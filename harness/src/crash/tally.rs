@@ -93,8 +93,8 @@ pub struct Tally {
     pub crashes: u64,
     pub seconds: f64,
     pub failures: Vec<Failure>,
-    /// Of a mode that lacks something: what became of each cell.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Of a mode that lacks something: what became of each cell. Found anew by who goes on.
+    #[serde(skip_deserializing, skip_serializing_if = "Option::is_none")]
     pub explained: Option<super::explained::Explained>,
 }
 
