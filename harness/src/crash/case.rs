@@ -35,6 +35,8 @@ pub struct Run {
     pub counts: Option<Counts>,
     /// The deaths that came.
     pub died: Vec<Kill>,
+    /// Where other threads were with a request in their hands when they died with it.
+    pub beside: Vec<String>,
 }
 
 /// A case that tested nothing: the server did not come where it was to die.
@@ -59,6 +61,8 @@ pub fn run(setup: &Setup, dim: &Dim, workload: &Workload, deaths: Deaths<'_>) ->
     let logs = applications(&mut kept, setup, workload, blocks)?;
     let died = wait_for_deaths(&mut kept, deaths)?;
     let seen = kept.table.all();
+    let beside = seen.iter().filter(|seen| seen.beside > 0);
+    let beside = beside.map(|seen| seen.name.clone()).collect();
     let mounted = onlooker(&mut kept, setup, blocks)?;
     kept.wait_until_idle()?;
     kept.check_restarts(died.len() as u64)?;
@@ -77,6 +81,7 @@ pub fn run(setup: &Setup, dim: &Dim, workload: &Workload, deaths: Deaths<'_>) ->
         seen,
         counts,
         died,
+        beside,
     })
 }
 

@@ -84,6 +84,16 @@ impl Mode {
         self.journal && self.sign
     }
 
+    /// How it is asked for.
+    pub fn asked(self) -> &'static str {
+        match (self.journal, self.sign) {
+            (true, true) => "",
+            (false, true) => " --journal off",
+            (true, false) => " --resend-only",
+            (false, false) => " --journal off --resend-only",
+        }
+    }
+
     pub fn options(self) -> Vec<String> {
         let mut options = Vec::new();
         options.extend((!self.journal).then(|| "--no-journal".to_owned()));

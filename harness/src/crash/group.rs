@@ -61,6 +61,8 @@ pub struct Judged {
     seen: Vec<Seen>,
     /// The deaths that came.
     pub died: Vec<Kill>,
+    /// See [`Run::beside`].
+    pub beside: Vec<String>,
 }
 
 /// Which workload a group has.
@@ -189,10 +191,16 @@ impl<'a> Running<'a> {
         }
         let kill = first.case.kills[0].clone();
         let opcode = kill.parts().0.to_owned();
+        if keeper && ["none", "adopt"].contains(&opcode.as_str()) {
+            // Whether the server came so far that the next one has something to recover is chance.
+            return Vec::new();
+        }
         let again = first.seen.iter().filter(|seen| {
             let of = seen.name.split('.').next().unwrap_or_default();
-            // A point can hold one order at a time.
-            seen.since_death > 0 && (of == "recover" || of == opcode) && seen.name != kill.point
+            // A point can hold one order at a time. Whether a request is sent again when its server went on for a moment
+            // after the keeper's death, is chance.
+            let again = of == "recover" || (of == opcode && !keeper);
+            seen.since_death > 0 && again && seen.name != kill.point
         });
         let mut again: Vec<Seen> = again.cloned().collect();
         if keeper {
@@ -221,28 +229,37 @@ impl<'a> Running<'a> {
 
     fn judge_on(&self, case: &Case, workload: &Workload, want: &Observed) -> Judged {
         let result = case::run(self.setup, &case.group.dim, workload, case.deaths());
-        let (verdict, reason, seen, died) = match result {
+        let none = Judged {
+            case: case.clone(),
+            verdict: Verdict::Unreached,
+            reason: String::new(),
+            seen: Vec::new(),
+            died: Vec::new(),
+            beside: Vec::new(),
+        };
+        match result {
             Ok(run) => {
                 let (verdict, reason) = judge(want, &run);
-                (verdict, reason, run.seen, run.died)
+                Judged {
+                    verdict,
+                    reason,
+                    seen: run.seen,
+                    died: run.died,
+                    beside: run.beside,
+                    ..none
+                }
             }
-            Err(e) if e.downcast_ref::<Unreached>().is_some() => {
-                (Verdict::Unreached, format!("{e:#}"), Vec::new(), Vec::new())
-            }
+            Err(e) if e.downcast_ref::<Unreached>().is_some() => Judged {
+                reason: format!("{e:#}"),
+                ..none
+            },
             // What else it was told to die of may not have come.
-            Err(e) => (
-                Verdict::Broken,
-                format!("{e:#}"),
-                Vec::new(),
-                case.kills.first().cloned().into_iter().collect(),
-            ),
-        };
-        Judged {
-            case: case.clone(),
-            verdict,
-            reason,
-            seen,
-            died,
+            Err(e) => Judged {
+                verdict: Verdict::Broken,
+                reason: format!("{e:#}"),
+                died: case.kills.first().cloned().into_iter().collect(),
+                ..none
+            },
         }
     }
 

@@ -7,6 +7,7 @@
 //! * [`kept`] a fresh mount under the real keeper, [`case`] one case on it, [`plan`] its name
 //! * [`group`] all cases of one workload; [`minimise`] a failed one
 //! * [`race`] is another workload, on shared names, with a judge of its own
+//! * [`cells`] which deaths show when the server lacks something, and why not the others; [`explained`] the table of it
 //! * [`run`] everything, [`tally`] the results, [`kmsg`] what the kernel complains of
 
 #[cfg(feature = "crash-points")]
@@ -14,7 +15,11 @@ mod app;
 #[cfg(feature = "crash-points")]
 mod case;
 #[cfg(feature = "crash-points")]
+mod cells;
+#[cfg(feature = "crash-points")]
 mod dim;
+#[cfg(feature = "crash-points")]
+mod explained;
 #[cfg(feature = "crash-points")]
 mod generate;
 #[cfg(feature = "crash-points")]

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 
+use super::cells;
 use super::dim::{Dim, Mode, DIMS};
+use super::explained::Explained;
 use super::group::{self, Judged, Running};
 use super::kept::Setup;
 use super::kmsg;
@@ -24,6 +26,8 @@ use crate::scenario::runner::{self, interrupted};
 
 /// How often the shortest workload is asked for.
 const TRIES: usize = 60;
+/// How often a case is run at most whose point is not reached.
+const ATTEMPTS: usize = 3;
 const TELL_EVERY: Duration = Duration::from_secs(15);
 
 pub fn run(args: &Args) -> Result<ExitCode> {
@@ -179,7 +183,9 @@ impl<'a> Matrix<'a> {
         let mut judged = running.judge(case);
         self.complaints(&mut judged);
         println!("{case}: {:?}\n{}", judged.verdict, judged.reason);
-        self.tally.add(case, &judged.died, judged.verdict);
+        if self.count(&judged) {
+            println!("  (against the reason of its cell)");
+        }
         if judged.verdict == Verdict::Differs && !self.args.no_shortest {
             println!("{}", shortest(&running, &judged).unwrap_or_default());
         }
@@ -218,8 +224,13 @@ impl<'a> Matrix<'a> {
         self.save()?;
         let total = self.tally.total();
         print!("{}", self.tally.table(false));
+        let mut cells = String::new();
+        if let Some(explained) = &self.tally.explained {
+            print!("\n{}", explained.table());
+            cells = format!("; {}", explained.summary());
+        }
         println!(
-            "{} cases, {} crashes, {} differ, {} broken, {} not reached, {:.0} s{ended}",
+            "{} cases, {} crashes, {} differ, {} broken, {} not reached{cells}, {:.0} s{ended}",
             total.cases,
             self.tally.crashes,
             total.differ,
@@ -227,10 +238,11 @@ impl<'a> Matrix<'a> {
             total.unreached,
             self.tally.seconds
         );
-        // Without the journal, or without the series, the matrix must find something.
-        let fine = match whole {
-            true => self.tally.failed() == 0 && total.cases > 0,
-            false => total.differ + total.broken > 0,
+        // Without the journal, or without the series, each difference must be where one can be, and there must be one
+        // wherever one can be. (In a short run there is not.)
+        let fine = match &self.tally.explained {
+            None => self.tally.failed() == 0 && total.cases > 0,
+            Some(explained) => explained.fine(),
         };
         Ok(exit(fine))
     }
@@ -263,13 +275,20 @@ impl<'a> Matrix<'a> {
                 return Ok(false);
             }
             let mut judged = running.judge(&case);
+            // How often several threads, or a program, come to a point is not always the same.
+            for _ in 1..ATTEMPTS {
+                if judged.verdict != Verdict::Unreached || interrupted() {
+                    break;
+                }
+                judged = running.judge(&case);
+            }
             if interrupted() {
                 return Ok(false);
             }
             self.complaints(&mut judged);
-            self.tally.add(&case, &judged.died, judged.verdict);
+            let refuted = self.count(&judged);
             if judged.verdict != Verdict::Same {
-                self.failed(&running, &judged);
+                self.failed(&running, &judged, refuted);
                 if self.tally.failed() >= enough {
                     return Ok(false);
                 }
@@ -277,6 +296,14 @@ impl<'a> Matrix<'a> {
             cases.extend(running.then(&judged));
         }
         Ok(true)
+    }
+
+    /// Whether it differs although there is a reason why it cannot.
+    fn count(&mut self, judged: &Judged) -> bool {
+        let expected = cells::expected(self.setup.mode, &judged.case, &judged.beside);
+        self.tally
+            .add(&judged.case, &judged.died, judged.verdict, expected);
+        judged.verdict == Verdict::Differs && expected.surprise() && !self.setup.mode.whole()
     }
 
     /// A workload that tests nothing is a failure.
@@ -299,16 +326,19 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    fn failed(&mut self, running: &Running<'_>, judged: &Judged) {
+    fn failed(&mut self, running: &Running<'_>, judged: &Judged, refuted: bool) {
         let whole = self.setup.mode.whole();
+        let expected = !whole && judged.verdict == Verdict::Differs && !refuted;
         let case = judged.case.to_string();
         let mut reason = judged.reason.clone();
         let mut short = None;
-        if whole {
-            println!("{:?}: {case}\n{reason}", judged.verdict);
+        if !expected {
+            let against = if refuted { ", against the reason" } else { "" };
+            println!("{:?}{against}: {case}\n{reason}", judged.verdict);
             println!(
-                "  again: fuse-restart crash --seed {} --case {case}",
-                self.seed
+                "  again: fuse-restart crash --seed {}{} --case {case}",
+                self.seed,
+                self.setup.mode.asked()
             );
         }
         if whole && judged.verdict == Verdict::Differs {
@@ -326,8 +356,8 @@ impl<'a> Matrix<'a> {
                 println!("{}", short.clone().unwrap_or_default());
             }
         }
-        // Thousands are expected of a mode that lacks something.
-        if whole || self.tally.failures.len() < 200 {
+        // There are thousands of these.
+        if !expected || self.tally.failures.len() < 200 {
             self.tally.failures.push(Failure {
                 case,
                 verdict: judged.verdict,
@@ -365,11 +395,17 @@ impl<'a> Matrix<'a> {
 
     fn save(&mut self) -> Result<()> {
         self.tally.seconds = self.before + self.began.elapsed().as_secs_f64();
+        let mode = self.setup.mode;
+        self.tally.explained = (!mode.whole()).then(|| Explained::of(&self.tally, mode));
         if let Some(path) = &self.args.json {
             self.tally.write(path)?;
         }
         if let Some(path) = &self.args.markdown {
-            write(path, &self.tally.table(true))?;
+            let mut text = self.tally.table(true);
+            if let Some(explained) = &self.tally.explained {
+                text += &format!("\n{}", explained.markdown());
+            }
+            write(path, &text)?;
         }
         Ok(())
     }

@@ -13,7 +13,15 @@ const RDWR_NEW: i32 = libc::O_CREAT | libc::O_RDWR;
 pub fn create(d: &mut Draw) {
     let fresh = d.fresh("c");
     let name = d.place(fresh);
-    let extra = d.one_of(&[0, libc::O_EXCL, libc::O_TRUNC, libc::O_APPEND, libc::O_SYNC]);
+    // What is made a second time shows with O_EXCL only.
+    let extra = d.one_of(&[
+        0,
+        libc::O_EXCL,
+        libc::O_TRUNC,
+        libc::O_APPEND,
+        libc::O_EXCL | libc::O_SYNC,
+        libc::O_EXCL | libc::O_APPEND,
+    ]);
     let mode = d.one_of(&[0o644, 0o600, 0o4711, 0o444]);
     let seed = d.bytes();
     d.op(Op::Open(0, name.clone(), RDWR_NEW | extra, mode));

@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
+use super::cells::Expected;
 use super::plan::{Case, Group, Kill};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,11 +31,26 @@ pub struct Cell {
     /// Deaths here.
     #[serde(default)]
     pub crashes: u64,
+    /// Cases that came to an end and could differ, by what [`super::cells`] says.
+    #[serde(default)]
+    pub could: u64,
+    /// Of those that differ: another thread's request could be the reason.
+    #[serde(default)]
+    pub beside: u64,
+    /// Of those that differ: could not.
+    #[serde(default)]
+    pub refuted: u64,
 }
 
 impl Cell {
-    fn add(&mut self, verdict: Verdict) {
+    fn add(&mut self, verdict: Verdict, expected: Expected) {
         self.cases += 1;
+        if verdict == Verdict::Differs {
+            self.beside += u64::from(expected.beside);
+            self.refuted += u64::from(expected.surprise());
+        }
+        let tested = matches!(verdict, Verdict::Same | Verdict::Differs);
+        self.could += u64::from(tested && expected.could && !expected.chance);
         match verdict {
             Verdict::Same => {}
             Verdict::Differs => self.differ += 1,
@@ -43,12 +59,15 @@ impl Cell {
         }
     }
 
-    fn sum(&mut self, other: &Cell) {
+    pub fn sum(&mut self, other: &Cell) {
         self.cases += other.cases;
         self.differ += other.differ;
         self.broken += other.broken;
         self.unreached += other.unreached;
         self.crashes += other.crashes;
+        self.could += other.could;
+        self.beside += other.beside;
+        self.refuted += other.refuted;
     }
 }
 
@@ -74,6 +93,9 @@ pub struct Tally {
     pub crashes: u64,
     pub seconds: f64,
     pub failures: Vec<Failure>,
+    /// Of a mode that lacks something: what became of each cell. Found anew by who goes on.
+    #[serde(skip_deserializing, skip_serializing_if = "Option::is_none")]
+    pub explained: Option<super::explained::Explained>,
 }
 
 impl Tally {
@@ -109,7 +131,7 @@ impl Tally {
     }
 
     /// Counts a case at the point of its last death, and each of the deaths that came at its own.
-    pub fn add(&mut self, case: &Case, died: &[Kill], verdict: Verdict) {
+    pub fn add(&mut self, case: &Case, died: &[Kill], verdict: Verdict, expected: Expected) {
         self.crashes += died.len() as u64;
         let Some(last) = case.kills.last() else {
             return;
@@ -127,7 +149,7 @@ impl Tally {
             (_, 1) => format!("{of}{}", last.point),
             _ => format!("then {of}{}", last.point),
         };
-        of_dim.entry(name).or_default().add(verdict);
+        of_dim.entry(name).or_default().add(verdict, expected);
     }
 
     /// Not even the run without a crash went well.
@@ -136,7 +158,7 @@ impl Tally {
         of_dim
             .entry("oracle.run".into())
             .or_default()
-            .add(Verdict::Broken);
+            .add(Verdict::Broken, Expected::default());
     }
 
     pub fn total(&self) -> Cell {
@@ -235,7 +257,7 @@ mod tests {
         };
         let mut add = |text: &str, died: usize, verdict| {
             let case = text.parse::<Case>().unwrap();
-            tally.add(&case, &case.kills[..died], verdict);
+            tally.add(&case, &case.kills[..died], verdict, Expected::default());
         };
         add("t1-wt/mkdir/0/mkdir.intent:1", 1, Verdict::Same);
         add("t4-wt/mkdir/0/mkdir.intent:2", 1, Verdict::Differs);

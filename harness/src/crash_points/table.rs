@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The table of points in a file that the server and the crash matrix both map.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
@@ -19,8 +20,8 @@ const ARM: &str = "FUSE_RESTART_CRASH_ARM";
 /// Points in a table; there are a few hundred.
 const RECORDS: usize = 2048;
 /// Words of a record: state, reached, left, killed, reached at the last death, what to arm then (record + 1, and n),
-/// whom to kill, then the name.
-const WORDS: usize = 16;
+/// whom to kill, threads that are here with a request, those that were when another one died, then the name.
+const WORDS: usize = 18;
 const STATE: usize = 0;
 const REACHED: usize = 1;
 const LEFT: usize = 2;
@@ -29,7 +30,9 @@ const AT_DEATH: usize = 4;
 const THEN: usize = 5;
 const THEN_NTH: usize = 6;
 const VICTIM: usize = 7;
-const NAME: usize = 8;
+const HERE: usize = 8;
+const BESIDE: usize = 9;
+const NAME: usize = 10;
 const NAME_MAX: usize = (WORDS - NAME) * 8 - 1;
 const LEN: usize = RECORDS * WORDS * 8;
 
@@ -58,6 +61,8 @@ pub struct Seen {
     pub killed: u64,
     /// How often it was reached since a process last killed itself, wherever that was.
     pub since_death: u64,
+    /// How many threads had a request in their hands, and this point behind them, when another one died.
+    pub beside: u64,
 }
 
 /// The table, mapped.
@@ -186,6 +191,7 @@ impl Table {
                 left: 0,
                 killed: 0,
                 since_death: 0,
+                beside: 0,
             })
     }
 
@@ -200,6 +206,7 @@ impl Table {
             left: load(LEFT),
             killed: load(KILLED),
             since_death: reached.saturating_sub(load(AT_DEATH)),
+            beside: load(BESIDE),
         }
     }
 
@@ -217,9 +224,13 @@ impl Table {
         };
         // A process that dies at one point does not die at the next as well, in another thread.
         if DYING.load(Ordering::SeqCst) {
+            let with_us = u64::from(point != "end");
+            self.word(record, BESIDE)
+                .fetch_add(with_us, Ordering::SeqCst);
             return;
         }
         self.word(record, REACHED).fetch_add(1, Ordering::SeqCst);
+        self.note_where(record, point);
         let left = self.word(record, LEFT);
         let one_less = |left: u64| left.checked_sub(1);
         if left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less) == Ok(1) {
@@ -237,11 +248,32 @@ impl Table {
 }
 
 impl Table {
-    /// What the next instance finds: an order, if there is one, and from where to count.
+    /// Where this thread is with its request; nowhere after `end`.
+    fn note_where(&self, record: usize, point: &str) {
+        thread_local! {
+            static LAST: Cell<Option<usize>> = const { Cell::new(None) };
+        }
+        let now = (point != "end").then_some(record);
+        if let Some(now) = now {
+            self.word(now, HERE).fetch_add(1, Ordering::SeqCst);
+        }
+        if let Some(last) = LAST.replace(now) {
+            let one_less = |here: u64| here.checked_sub(1);
+            // Nothing to take away if somebody has died meanwhile, and all who are left with him.
+            let _ =
+                self.word(last, HERE)
+                    .fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less);
+        }
+    }
+
+    /// What the next instance finds: an order, if there is one, from where to count, and who died with this one.
     fn prepare_for_the_next(&self, record: usize) {
+        self.note_where(record, "end");
         for r in 0..RECORDS {
             let reached = self.word(r, REACHED).load(Ordering::SeqCst);
             self.word(r, AT_DEATH).store(reached, Ordering::SeqCst);
+            let here = self.word(r, HERE).swap(0, Ordering::SeqCst);
+            self.word(r, BESIDE).fetch_add(here, Ordering::SeqCst);
         }
         if let Some(next) = self
             .word(record, THEN)
@@ -382,6 +414,37 @@ mod tests {
         table.reach("recover", "replay");
         let next = table.seen("recover", "replay");
         assert_eq!((next.left, next.reached, next.since_death), (1, 2, 1));
+    }
+
+    #[test]
+    fn who_dies_beside_another_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let table = Table::open(&dir.path().join("points")).unwrap();
+        table.arm("write", "pwrite", 1).unwrap();
+        // SAFETY: the child only touches the mapping, has threads of its own, and dies.
+        match unsafe { nix::unistd::fork() }.unwrap() {
+            nix::unistd::ForkResult::Child => {
+                let of_thread = |points: &'static [&'static str]| {
+                    let reach = || points.iter().for_each(|point| table.reach("mkdir", point));
+                    // The thread stays where it is.
+                    std::thread::scope(|all| drop(all.spawn(reach).join()));
+                };
+                of_thread(&["start", "mkdirat"]);
+                of_thread(&["start", "mkdirat", "end"]);
+                table.reach("write", "start");
+                table.reach("write", "pwrite");
+                // SAFETY: ends the child without running anything of the test harness.
+                unsafe { libc::_exit(0) }
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                nix::sys::wait::waitpid(child, None).unwrap();
+            }
+        }
+        let mut beside = table.all();
+        beside.retain(|seen| seen.beside > 0);
+        let names: Vec<&str> = beside.iter().map(|seen| seen.name.as_str()).collect();
+        assert_eq!(names, ["mkdir.mkdirat"]);
+        assert_eq!(table.seen("write", "pwrite").killed, 1);
     }
 
     #[test]

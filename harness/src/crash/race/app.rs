@@ -24,6 +24,9 @@ const WHOLE: usize = 4096;
 /// Room for all entries of a directory.
 const ENTRIES: usize = 8192;
 
+/// How often the server may die while a process only begins.
+const ENTER: usize = 1000;
+
 /// Makes what is there from the beginning, in an empty directory.
 pub fn prepare(root: &Path) -> std::io::Result<()> {
     for dir in DIRS {
@@ -46,7 +49,27 @@ pub struct Work<'a> {
 /// Does the work in `root`, a line for each operation into `log`. Runs in a process of its own.
 pub fn run(work: &Work<'_>, root: &Path, log: &Path, shared: &Shared) -> i32 {
     crate::raw::app::faults_kill();
-    let (Ok(log), Ok(())) = (File::create(log), unistd::chdir(root)) else {
+    let ended = race(work, root, log, shared);
+    if ended != 0 {
+        shared.missing();
+    }
+    ended
+}
+
+/// Into the directory of the race, which is no call of the history. Cloned descriptors on a kernel that only sends again:
+/// a request that the server died over is over.
+fn enter(root: &Path) -> nix::Result<()> {
+    for _ in 0..ENTER {
+        match unistd::chdir(root) {
+            Err(Errno::ECONNABORTED) => {}
+            other => return other,
+        }
+    }
+    Err(Errno::ECONNABORTED)
+}
+
+fn race(work: &Work<'_>, root: &Path, log: &Path, shared: &Shared) -> i32 {
+    let (Ok(log), Ok(())) = (File::create(log), enter(root)) else {
         return CANNOT_BEGIN;
     };
     for (n, op) in work.ops.iter().enumerate() {

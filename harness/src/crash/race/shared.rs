@@ -13,6 +13,8 @@ use nix::sys::mman::{mmap_anonymous, munmap, MapFlags, ProtFlags};
 pub const MOST: usize = 16;
 const CLOCK: usize = 0;
 const ARRIVED: usize = 1;
+/// Not 0: somebody has ended before his time and will not come.
+const MISSING: usize = 2;
 /// From here on one word a process: how many stamps it took. Odd: it is in a call.
 const STAMPS: usize = 8;
 const WORDS: usize = STAMPS + MOST;
@@ -28,6 +30,11 @@ const LOOK_AGAIN: Duration = Duration::from_micros(100);
 pub struct Shared {
     base: NonNull<AtomicU64>,
 }
+
+// SAFETY: the mapping belongs to the process and is accessed through atomics only.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
 
 impl Shared {
     pub fn new() -> Result<Shared> {
@@ -68,13 +75,19 @@ impl Shared {
         std::array::from_fn(|process| self.word(STAMPS + process).load(Ordering::SeqCst))
     }
 
-    /// Waits until `all` processes have come here for the `nth` time (from 1).
+    /// Waits until `all` processes have come here for the `nth` time (from 1), or one of them is missing.
     pub fn meet(&self, all: u64, nth: u64) {
         let arrived = self.word(ARRIVED);
         arrived.fetch_add(1, Ordering::SeqCst);
-        while arrived.load(Ordering::SeqCst) < all * nth {
+        let missing = || self.word(MISSING).load(Ordering::SeqCst) != 0;
+        while arrived.load(Ordering::SeqCst) < all * nth && !missing() {
             std::thread::sleep(LOOK_AGAIN);
         }
+    }
+
+    /// A process ends that the others may wait for. The history is none; they need not hang for that.
+    pub fn missing(&self) {
+        self.word(MISSING).store(1, Ordering::SeqCst);
     }
 }
 
@@ -82,5 +95,35 @@ impl Drop for Shared {
     fn drop(&mut self) {
         // SAFETY: mapped in `new` with this length; no reference into it outlives `self`.
         let _ = unsafe { munmap(self.base.cast(), WORDS * 8) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_who_has_ended() {
+        let shared = Shared::new().unwrap();
+        std::thread::scope(|all| {
+            let waits = all.spawn(|| shared.meet(2, 1));
+            while shared.word(ARRIVED).load(Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+            std::thread::sleep(10 * LOOK_AGAIN);
+            assert!(!waits.is_finished());
+            shared.missing();
+            waits.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn all_leave_when_the_last_one_comes() {
+        let shared = Shared::new().unwrap();
+        std::thread::scope(|all| {
+            all.spawn(|| (1..4).for_each(|nth| shared.meet(2, nth)));
+            all.spawn(|| (1..4).for_each(|nth| shared.meet(2, nth)));
+        });
+        assert_eq!(shared.word(ARRIVED).load(Ordering::SeqCst), 6);
     }
 }

@@ -3,6 +3,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
@@ -145,6 +146,9 @@ impl Supervisor {
                 told => self.on_told(told)?,
             }
         }
+        // Before the server is there, which may be a keeper that looks whether somebody tells the mount's status already.
+        self.phase = Phase::Waiting(Some(Instant::now()));
+        self.publish();
         // A first start that fails is a wrong command line, not a crash: no second try. Drop unmounts.
         self.start()?;
         info!(

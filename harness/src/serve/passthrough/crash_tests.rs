@@ -9,6 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rust_fuse_notify::std::adopt::Recover;
+use rust_fuse_notify::std::message::Replay;
 use rust_fuse_notify::std::state::{Config, State};
 use rust_fuse_notify::std::wire::{Identity, FUSE_UNIQUE_RESEND};
 
@@ -251,13 +253,24 @@ fn a_nodeid_that_is_not_that_file_any_more_is_refused() {
     let empty = server.lookup(ROOT, s("empty")).unwrap();
     drop(server);
     let server = instance(dir.path(), &memfd);
-    let ok = server.confirmed(one.nodeid, one.generation).unwrap();
+    let state = server.state.clone();
+    let mut recovery = super::recover::Recovery::new(Arc::new(server));
+    let mut confirmed = |nodeid, generation| {
+        let replay = Replay {
+            unique: 9,
+            nodeid,
+            generation,
+            nlookup: 1,
+        };
+        recovery.replay(&state, &replay)
+    };
+    let ok = confirmed(one.nodeid, one.generation).unwrap();
     assert_eq!(ok.ino, one.attr.ino);
-    assert!(server.confirmed(ROOT, 0).is_ok());
+    assert!(confirmed(ROOT, 0).is_ok());
 
-    let stale = |nodeid, generation, why: &str| {
-        let answer = server.confirmed(nodeid, generation);
-        assert_eq!(answer.map(drop), Err(nix::errno::Errno::ESTALE), "{why}");
+    let mut stale = |nodeid, generation, why: &str| {
+        let answer = confirmed(nodeid, generation);
+        assert_eq!(answer.map(drop), Err(libc::ESTALE), "{why}");
     };
     stale(one.nodeid, one.generation ^ 1, "another generation");
     stale(one.nodeid, two.generation, "the generation of another file");
@@ -468,4 +481,45 @@ fn point_after(case: &Case, name: &str, journal: bool) -> usize {
     let (points, result) = points_of(|| (case.act)(&server, ID));
     result.unwrap();
     points.iter().position(|point| *point == name).unwrap()
+}
+
+/// What a replay costs here, without the kernel's part of it: `cargo test --release -p fuse-restart --bins --
+/// --ignored --nocapture replays_a_second`.
+#[test]
+#[ignore = "measures"]
+fn replays_a_second() {
+    const FILES: u32 = 20_000;
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let memfd = State::create_memfd().unwrap();
+    let server = instance(dir.path(), &memfd);
+    let replays: Vec<Replay> = (0..FILES)
+        .map(|n| {
+            let name = format!("file{n}");
+            fs::write(dir.path().join(&name), b"").unwrap();
+            let entry = server.lookup(ROOT, s(&name)).unwrap();
+            Replay {
+                unique: u64::from(n),
+                nodeid: entry.nodeid,
+                generation: entry.generation,
+                nlookup: 1,
+            }
+        })
+        .collect();
+    drop(server);
+    let server = Arc::new(instance(dir.path(), &memfd));
+    let state = server.state.clone();
+    let mut recovery = super::recover::Recovery::new(server);
+    for round in 0..5 {
+        let began = std::time::Instant::now();
+        for replay in &replays {
+            recovery.replay(&state, replay).unwrap();
+        }
+        let each = began.elapsed() / FILES;
+        let began = std::time::Instant::now();
+        for replay in &replays {
+            std::hint::black_box(state.nodes().get(replay.nodeid).unwrap());
+        }
+        let get = began.elapsed() / FILES;
+        println!("round {round}: {each:?} a replay; {get:?} a look into the node table");
+    }
 }

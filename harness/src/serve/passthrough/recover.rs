@@ -7,7 +7,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use rust_fuse_notify::std::adopt::{Recover, ServerError};
 use rust_fuse_notify::std::message::{Replay, Report};
-use rust_fuse_notify::std::state::{Keep, State, Success};
+use rust_fuse_notify::std::state::{Keep, Node, State, Success};
 use rust_fuse_notify::std::wire::Attr;
 
 use crate::crash_points::reach;
@@ -45,17 +45,15 @@ impl Recover for Recovery {
     fn replay(&mut self, state: &State, replay: &Replay) -> Result<Attr, i32> {
         reach("replay");
         crate::crash_points::poison_replay();
-        let attr = self
-            .server
-            .confirmed(replay.nodeid, replay.generation)
-            .map_err(|e| e as i32)?;
-        let counted = state.nodes().get(replay.nodeid).map(|node| node.lookups);
-        if replay.nodeid != ROOT && counted != Some(replay.nlookup) {
+        let node = state.nodes().replayed(replay)?;
+        let attr = self.server.confirmed(&node).map_err(|e| e as i32)?;
+        if replay.nodeid != ROOT && node.lookups != replay.nlookup {
             // Between an answer and what the application made of it; at rest they are equal.
             self.differed += 1;
             tracing::debug!(
-                "node {}: {counted:?}, kernel {}",
+                "node {}: {}, kernel {}",
                 replay.nodeid,
+                node.lookups,
                 replay.nlookup
             );
         }
@@ -87,17 +85,17 @@ impl Recover for Recovery {
 }
 
 impl Server {
-    /// The node's attributes, if it is still the file that the kernel was told of.
-    pub fn confirmed(&self, nodeid: u64, generation: u32) -> Res<Attr> {
-        let node = self.node(nodeid)?;
-        if node.info.generation != generation {
-            return Err(Errno::ESTALE);
-        }
+    /// The node's attributes, if its file is still the one that the kernel was told of.
+    ///
+    /// A hundred thousand of these make most of an outage: the node was copied once, and nothing is looked up again.
+    pub fn confirmed(&self, node: &Node) -> Res<Attr> {
+        let nodeid = node.nodeid;
         let attr = if nodeid == ROOT {
             self.attr(ROOT)?
         } else {
             // Not through the cache: there is no use in keeping the last few of a hundred thousand.
-            let fd = self.open_node(nodeid, libc::O_PATH)?;
+            let handle = Handle(node.info.handle);
+            let fd = self.backing.open_handle(&handle, libc::O_PATH)?;
             self.visible(nodeid, &sys::fstat(fd.as_fd())?)
         };
         let kind = libc::S_IFMT;

@@ -68,8 +68,29 @@ pub fn reopen(fd: BorrowedFd<'_>, flags: c_int) -> Res<OwnedFd> {
     owned("open", unsafe { libc::open(path.as_ptr(), flags) })
 }
 
+/// Also of an `O_PATH` descriptor. (To the crash points it is the same as with an empty path.)
 pub fn fstat(fd: BorrowedFd<'_>) -> Res<libc::stat> {
-    stat_at(fd, EMPTY, libc::AT_EMPTY_PATH)
+    let mut st = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: `st` is large enough and written on success, which is checked before it is read.
+    after("fstatat", unsafe {
+        raw_fstat(fd.as_raw_fd(), st.as_mut_ptr())
+    })?;
+    // SAFETY: the call succeeded.
+    Ok(unsafe { st.assume_init() })
+}
+
+/// fstat(2) itself: before glibc 2.39 the C library looks up an empty path instead, which takes half as long again, for
+/// each of a hundred thousand inodes of a recovery.
+#[cfg(target_arch = "x86_64")]
+unsafe fn raw_fstat(fd: RawFd, st: *mut libc::stat) -> c_int {
+    // SAFETY: as the caller promises; here the kernel's structure is the C library's.
+    unsafe { libc::syscall(libc::SYS_fstat, fd, st) as c_int }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn raw_fstat(fd: RawFd, st: *mut libc::stat) -> c_int {
+    // SAFETY: as the caller promises.
+    unsafe { libc::fstat(fd, st) }
 }
 
 pub fn lstat_at(dir: BorrowedFd<'_>, name: &CStr) -> Res<libc::stat> {

@@ -101,19 +101,32 @@ impl Region {
 
     /// Fills `bytes` from `offset` on.
     pub(super) fn read(&self, mut offset: usize, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(WORD) {
-            chunk.copy_from_slice(&self.load(offset).to_ne_bytes()[..chunk.len()]);
+        // Whole words first: each is one load and one store.
+        let mut words = bytes.chunks_exact_mut(WORD);
+        for word in &mut words {
+            word.copy_from_slice(&self.load(offset).to_ne_bytes());
             offset += WORD;
+        }
+        let rest = words.into_remainder();
+        if !rest.is_empty() {
+            rest.copy_from_slice(&self.load(offset).to_ne_bytes()[..rest.len()]);
         }
     }
 
     /// Stores `bytes` from `offset` on; a last word that is not full is filled with zeroes.
     pub(super) fn write(&self, mut offset: usize, bytes: &[u8]) {
-        for chunk in bytes.chunks(WORD) {
+        let words = bytes.chunks_exact(WORD);
+        let rest = words.remainder();
+        for chunk in words {
             let mut word = [0; WORD];
-            word[..chunk.len()].copy_from_slice(chunk);
+            word.copy_from_slice(chunk);
             self.store(offset, u64::from_ne_bytes(word));
             offset += WORD;
+        }
+        if !rest.is_empty() {
+            let mut word = [0; WORD];
+            word[..rest.len()].copy_from_slice(rest);
+            self.store(offset, u64::from_ne_bytes(word));
         }
     }
 
