@@ -167,14 +167,20 @@ fn new_while_sorting(env: &Env<'_>) -> Result<()> {
 
 fn in_release<'a>(env: &'a Env<'a>) -> Result<(Kit<'a>, Vec<super::resend::Job>, Trap)> {
     let mut kit = populated(env, 3)?;
-    let (jobs, _) = park_stats(&mut kit, 2)?;
+    let (jobs, trap) = into_release(&mut kit)?;
+    Ok((kit, jobs, trap))
+}
+
+/// Two requests in dead hands, a new server that has committed, and the kernel before it revokes anything.
+fn into_release(kit: &mut Kit<'_>) -> Result<(Vec<super::resend::Job>, Trap)> {
+    let (jobs, _) = park_stats(kit, 2)?;
     kit.restarted()?;
     let recovered = kit.answer_replays(&mut |_, _| None)?;
     let trap = Trap::arm("release")?;
     kit.commit_epoch(recovered.report.epoch)?;
     kit.tree.adopt(&recovered.replays);
     trap.wait(kit.patience)?;
-    Ok((kit, jobs, trap))
+    Ok((jobs, trap))
 }
 
 fn notify_after_commit(env: &Env<'_>) -> Result<()> {
@@ -202,13 +208,7 @@ fn retrieve_after_commit(env: &Env<'_>) -> Result<()> {
     let read = kit.run_on("read", "f1", ops::read_file)?;
     ensure!(read.is_ok(), "read: {read:?}");
     kit.settle()?;
-    let (jobs, _) = park_stats(&mut kit, 2)?;
-    kit.restarted()?;
-    let recovered = kit.answer_replays(&mut |_, _| None)?;
-    let trap = Trap::arm("release")?;
-    kit.commit_epoch(recovered.report.epoch)?;
-    kit.tree.adopt(&recovered.replays);
-    trap.wait(kit.patience)?;
+    let (jobs, trap) = into_release(&mut kit)?;
     let cookie = UNIQUE_RESEND | 0x00ab_cdef_0123_4567;
     let retrieve = RetrieveOut {
         notify_unique: cookie,
