@@ -4,10 +4,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
 use nix::mount::{umount2, MntFlags};
+use nix::poll::PollFlags;
 
 use super::help::{enter, populate, wake_dead, Phase, PHASES};
 use super::Scenario;
@@ -141,6 +143,17 @@ fn destroy_read(kit: &mut Kit<'_>) -> Result<()> {
     ensure!(
         other == Err(Errno::ESTALE),
         "RESTARTED of another file system during umount gives {other:?}"
+    );
+    // Nor is COMMIT, which is how one asks whether a restart would work.
+    let commit = kit.commit_epoch(1);
+    ensure!(
+        commit == Err(Errno::EINVAL),
+        "COMMIT during umount gives {commit:?}"
+    );
+    let ready = kit.dev.poll(PollFlags::POLLIN, Duration::ZERO)?;
+    ensure!(
+        !ready.contains(PollFlags::POLLERR),
+        "a COMMIT ended the connection"
     );
     ensure!(!app.done(), "umount did not wait for DESTROY");
     // The server dies here. There is nothing left to recover, and who keeps the descriptor is told so.

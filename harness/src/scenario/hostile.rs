@@ -350,7 +350,8 @@ fn glutton(procs: &Path) -> i32 {
     if fs::write(procs, std::process::id().to_string()).is_err() {
         return 98;
     }
-    let memory = vec![0x5au8; 64 << 20];
+    // Or a release build knows the answer without the memory.
+    let memory = std::hint::black_box(vec![0x5au8; 64 << 20]);
     i32::from(memory[memory.len() / 2])
 }
 
