@@ -18,7 +18,7 @@ use crate::raw::dev::Read1;
 use crate::raw::env::{skip, Env};
 use crate::raw::kit::{Config, Kit};
 use crate::raw::ops::Done;
-use crate::raw::wire::op;
+use crate::raw::wire::{op, RestartedOut, COOKIE_BIT, RESTARTED_COMMIT};
 
 pub fn scenarios() -> Vec<Scenario> {
     type Story = fn(&mut Kit<'_>, Phase) -> Result<()>;
@@ -145,7 +145,12 @@ fn destroy_read(kit: &mut Kit<'_>) -> Result<()> {
         "RESTARTED of another file system during umount gives {other:?}"
     );
     // Nor is COMMIT, which is how one asks whether a restart would work.
-    let commit = kit.commit_epoch(1);
+    let commit = kit.dev.restarted(RestartedOut {
+        cookie: COOKIE_BIT | 1,
+        flags: RESTARTED_COMMIT,
+        epoch: 1,
+        identity: kit.config.identity,
+    });
     ensure!(
         commit == Err(Errno::EINVAL),
         "COMMIT during umount gives {commit:?}"
