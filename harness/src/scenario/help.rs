@@ -194,7 +194,7 @@ fn answer_until_prepared(kit: &mut Kit<'_>) -> Result<()> {
     readable(kit, "the report")
 }
 
-fn answer_all_but_root(kit: &mut Kit<'_>) -> Result<()> {
+pub fn answer_all_but_root(kit: &mut Kit<'_>) -> Result<()> {
     for _ in 1..kit.tree.held().len() {
         let (m, replay) = kit.next_replay()?;
         kit.confirm(&m, &replay)?;
@@ -213,7 +213,8 @@ pub fn readable(kit: &Kit<'_>, what: &str) -> Result<()> {
     Ok(())
 }
 
-fn read_report(kit: &mut Kit<'_>) -> Result<Message> {
+/// Answers replays honestly until there is the report.
+pub fn read_report(kit: &mut Kit<'_>) -> Result<Message> {
     loop {
         let m = kit.next()?;
         if m.report(kit.cookie()).is_some() {

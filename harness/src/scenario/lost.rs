@@ -124,6 +124,13 @@ impl Staged {
         child.wait(kit.patience)
     }
 
+    /// Lets it go on; the scenario has something else to do before it serves.
+    pub fn let_go(self) -> Proc {
+        let Staged { child, go } = self;
+        drop(go);
+        child
+    }
+
     /// Lets it go on while nobody serves.
     pub fn go_alone(self, limit: Duration) -> Result<WaitStatus> {
         let Staged { mut child, go } = self;

@@ -29,6 +29,7 @@ mod no_memory;
 mod patience;
 mod replay;
 mod resend;
+mod resend_windows;
 mod revoked;
 mod revoked_held;
 mod revoked_io;
@@ -135,11 +136,12 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 39] = [
+    let families: [fn() -> Vec<Scenario>; 40] = [
         bad_identity::scenarios,
         bad_input::scenarios,
         replay::scenarios,
         resend::scenarios,
+        resend_windows::scenarios,
         clones::scenarios,
         held::scenarios,
         counts::scenarios,

@@ -11,6 +11,7 @@ use super::Scenario;
 use crate::raw::env::{skip, Env};
 use crate::raw::kit::Kit;
 use crate::raw::ops;
+use crate::raw::trap::Trap;
 use crate::raw::wire::op;
 
 const TIMEOUT: &str = "/sys/module/fuse/parameters/recovery_timeout";
@@ -35,6 +36,16 @@ pub fn scenarios() -> Vec<Scenario> {
             |env| bound(env, Bound::Administrator),
         ),
         Scenario::series(
+            "time/next-recovery",
+            "a deadline that was late for its own recovery does not end the next one",
+            next_recovery,
+        ),
+        Scenario::series(
+            "time/very-long",
+            "the longest limits do not become short ones",
+            very_long,
+        ),
+        Scenario::series(
             "time/clocks",
             "request timeouts do not count what a recovery took",
             clocks,
@@ -48,10 +59,10 @@ pub fn scenarios() -> Vec<Scenario> {
 }
 
 /// Sets a knob for as long as this lives.
-struct Knob(&'static str, String);
+pub(super) struct Knob(&'static str, String);
 
 impl Knob {
-    fn set(path: &'static str, value: &str) -> Result<Knob> {
+    pub(super) fn set(path: &'static str, value: &str) -> Result<Knob> {
         let Ok(old) = std::fs::read_to_string(path) else {
             return skip(format!("there is no {path}"));
         };
@@ -113,6 +124,55 @@ fn bound(env: &Env<'_>, kind: Bound) -> Result<()> {
     Ok(())
 }
 
+/// The connection is there, and recovers, for as long as `limit`.
+fn goes_on(kit: &Kit<'_>, limit: Duration, when: &str) -> Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < limit {
+        ensure!(
+            kit.dev.probe() == Errno::ESTALE,
+            "{when}, after {:?}: the connection was aborted",
+            start.elapsed()
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+fn next_recovery(env: &Env<'_>) -> Result<()> {
+    let _knob = Knob::set(TIMEOUT, "3")?;
+    let mut kit = populated(env, 3)?;
+    let trap = Trap::arm("deadline")?;
+    kit.restarted()?;
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    trap.wait(Duration::from_secs(3) + kit.patience)?;
+    kit.commit(&recovered)?;
+    kit.restarted()?;
+    trap.go();
+    goes_on(&kit, Duration::from_secs(1), "in the next recovery")?;
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    kit.commit(&recovered)?;
+    still_serves(&mut kit)
+}
+
+/// Whatever HZ is, one of these is a second at most if 32 bits of jiffies are all that is looked at.
+fn very_long(env: &Env<'_>) -> Result<()> {
+    for hz in [100u64, 250, 300, 1000] {
+        let seconds = (1u64 << 32).div_ceil(hz);
+        let _knob = Knob::set(TIMEOUT, &seconds.to_string())?;
+        let mut kit = populated(env, 3)?;
+        kit.restarted()?;
+        goes_on(
+            &kit,
+            Duration::from_millis(1500),
+            &format!("of {seconds} seconds"),
+        )?;
+        let recovered = kit.answer_replays(&mut |_, _| None)?;
+        kit.commit(&recovered)?;
+        still_serves(&mut kit)?;
+    }
+    Ok(())
+}
+
 /// The kernel looks at request timeouts every 15 seconds, and knows no shorter ones: this takes its time.
 fn clocks(env: &Env<'_>) -> Result<()> {
     let _knob = Knob::set(DEFAULT_REQUEST, "15")?;
@@ -120,26 +180,14 @@ fn clocks(env: &Env<'_>) -> Result<()> {
     let app = kit.on("stat", "f0", |p| ops::stat(p).map(drop))?;
     let old = kit.until_op(op::GETATTR)?;
     kit.restarted()?;
-    let alive = |kit: &Kit<'_>, limit: Duration, when: &str| -> Result<()> {
-        let start = Instant::now();
-        while start.elapsed() < limit {
-            ensure!(
-                kit.dev.probe() == Errno::ESTALE,
-                "{when}, after {:?}: the connection was aborted",
-                start.elapsed()
-            );
-            std::thread::sleep(Duration::from_millis(200));
-        }
-        Ok(())
-    };
     // Two looks at the clocks, and half the time to the third.
-    alive(&kit, Duration::from_secs(37), "in the recovery")?;
+    goes_on(&kit, Duration::from_secs(37), "in the recovery")?;
     let recovered = kit.answer_replays(&mut |_, _| None)?;
     kit.commit(&recovered)?;
     let new = kit.next_request()?;
     expect_resent(&kit, &old, &new)?;
     // The third look: the request is older than the timeout, but not to its server.
-    alive(&kit, Duration::from_secs(10), "after the recovery")?;
+    goes_on(&kit, Duration::from_secs(10), "after the recovery")?;
     kit.answer(&new)?;
     ensure!(kit.serve(&app)? == Ok(()), "stat");
     still_serves(&mut kit)

@@ -5,23 +5,31 @@
 //! the writeback cache data, size and mtime are the kernel's own, and only the server can invalidate them.
 
 use std::os::fd::RawFd;
+use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
-use super::help::{open, populate, still_serves};
+use super::help::{expect_resent, open, populate, still_serves};
+use super::kill::grace;
 use super::lost::{node, Staged};
+use super::windows::reading_ahead;
+use super::patience::Knob;
 use super::stale::{changed_meanwhile, changed_meanwhile_late};
 use super::Scenario;
-use crate::raw::app::faults_kill;
+use crate::raw::app::{faults_kill, Proc};
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::ops;
 use crate::raw::rare;
+use crate::raw::trap::Trap;
+use crate::raw::wait::wait_for;
 use crate::raw::wire::{fopen, init, notify, op, InvalInodeOut, ROOT};
 
+const FAULT_AROUND: &str = "/sys/kernel/debug/fault_around_bytes";
 const OLD: &[u8] = b"content of 0";
 const NEW: &[u8] = b"Content of 0";
 
@@ -54,6 +62,16 @@ pub fn scenarios() -> Vec<Scenario> {
             "stale-data/mmap",
             "a mapping shows the changed data, and goes on",
             mapping,
+        ),
+        Scenario::series(
+            "stale-data/fault-under-way",
+            "nor does a page stay mapped that a fault had found before the change was known",
+            fault_under_way,
+        ),
+        Scenario::series(
+            "stale-data/killed",
+            "who waits until what is stale is dropped can be killed",
+            killed,
         ),
         Scenario::series("stale-data/splice", "splice gives the changed data", splice),
         Scenario::series(
@@ -163,6 +181,81 @@ fn mapping(env: &Env<'_>) -> Result<()> {
         b'C'
     );
     kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+/// The fault has seen that nothing is stale, and maps its page when the recovery is over.
+fn fault_under_way(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let path = kit.path("f0");
+    // SAFETY: the page is mapped and the file is not empty.
+    let look = |at: usize| unsafe { (at as *const u8).read_volatile() };
+    let staged = Staged::start(
+        &mut kit,
+        "a process with a mapping",
+        || {
+            faults_kill();
+            let fd = ops::open(&path, OFlag::O_RDWR).map_err(|_| 10)?;
+            rare::map_untouched(fd).map_err(|_| 11)
+        },
+        move |at| {
+            // Whatever the first look gave, it began before the recovery did.
+            look(at);
+            i32::from(look(at))
+        },
+    )?;
+    kit.settle()?;
+    // Or what is cached is mapped under RCU, where nobody can be stopped.
+    let _knob = Knob::set(FAULT_AROUND, "4096")?;
+    let trap = Trap::arm("fault_checked")?;
+    let mut child = staged.let_go();
+    trap.wait(kit.patience)?;
+    changed_meanwhile(&mut kit, |kit| change(kit, NEW))?;
+    let at = rare::map_untouched(fd)?;
+    let dropped = wait_for("f0 to leave the page cache", kit.patience, || {
+        Ok(!rare::in_page_cache(at)?)
+    });
+    trap.go();
+    kit.serve_until("the end of the process", |_| child.ended())?;
+    let status = child.wait(kit.patience)?;
+    ensure!(
+        matches!(status, WaitStatus::Exited(_, code) if code == i32::from(b'C')),
+        "in its mapping the process saw {status:?}, not {}",
+        b'C'
+    );
+    dropped?;
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+/// A page of the file is being read, which the new server does not answer, and nothing can be dropped before that.
+fn killed(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd, old) = reading_ahead(env)?;
+    kit.restarted()?;
+    let big = node(&kit, "big")?;
+    kit.tree.node_mut(big).mtime += 10;
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    kit.commit(&recovered)?;
+    let read = kit.next_request()?;
+    expect_resent(&kit, &old, &read)?;
+    let mut reader = Proc::spawn("pread", &[kit.dev.raw()], || {
+        i32::from(ops::pread(fd, 12, 0).is_err())
+    })?;
+    reader.wait_asleep(kit.patience)?;
+    ensure!(
+        !kit.readable()?,
+        "the reader waits for the server, not for the page"
+    );
+    reader.signal(Signal::SIGKILL)?;
+    let killed = Instant::now();
+    kit.serve_until("the end of who waits for a page that is being read", |_| {
+        reader.ended()
+    })?;
+    let took = killed.elapsed();
+    ensure!(took <= grace(&kit), "it took {took:?} to die");
+    reader.wait(kit.patience)?;
+    kit.answer(&read)?;
+    kit.settle()?;
     still_serves(&mut kit)
 }
 

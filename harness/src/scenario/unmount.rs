@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Abort and unmount in every phase: nobody hangs, nothing is left.
 
+use std::fs;
+
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
 use nix::mount::{umount2, MntFlags};
@@ -13,6 +15,7 @@ use crate::raw::dev::Read1;
 use crate::raw::env::Env;
 use crate::raw::kit::Kit;
 use crate::raw::ops::{self, Done};
+use crate::raw::trap::Trap;
 use crate::raw::wait::wait_for;
 use crate::raw::wire::op;
 
@@ -51,7 +54,45 @@ pub fn scenarios() -> Vec<Scenario> {
             ));
         }
     }
+    all.push(Scenario::series(
+        "unmount/abort-replay-in-transit",
+        "an inode whose replay was in somebody's hands at the abort does not stay in memory",
+        abort_replay_in_transit,
+    ));
     all
+}
+
+/// Inodes in memory, of all file systems, and nothing among them that the kernel could do without.
+fn inodes() -> Result<i64> {
+    fs::write("/proc/sys/vm/drop_caches", "2").context("drop_caches")?;
+    let numbers = fs::read_to_string("/proc/sys/fs/inode-nr").context("inode-nr")?;
+    let first = numbers.split_whitespace().next().context("inode-nr")?;
+    first.parse().context("inode-nr")
+}
+
+/// Which inodes are in memory only shows by their number, so this one must have gone down by one.
+fn abort_replay_in_transit(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 10)?;
+    kit.restarted()?;
+    kit.confirm_root()?;
+    let trap = Trap::arm("read_dequeued")?;
+    let mut dev = kit.dev.duplicate()?;
+    let reader = kit.app("a read(2) of a replay", move || {
+        dev.read_blocking().map(drop).map_err(|e| e.to_string())
+    })?;
+    trap.wait(kit.patience)?;
+    kit.conn.abort().context("abort")?;
+    kit.conn.wait_state(&["dead"], kit.patience)?;
+    let mut least = i64::MAX;
+    // What was used lately is only marked the first time.
+    for _ in 0..10 {
+        least = least.min(inodes()?);
+    }
+    trap.go();
+    reader.finish(kit.patience)?.map_err(anyhow::Error::msg)?;
+    wait_for("the inode to leave memory", kit.patience, || {
+        Ok(inodes()? < least)
+    })
 }
 
 /// A recovery in `phase` with two applications in it: one whose request was in dead hands, one that came later.
