@@ -151,6 +151,18 @@ impl<T: Send + 'static> App<T> {
     pub fn wait_asleep(&self, limit: Duration) -> Result<()> {
         wait_asleep(self.tid, limit).with_context(|| self.what.clone())
     }
+
+    /// How often the thread has gone to sleep by itself; endless if it is gone.
+    pub fn times_asleep(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.tid));
+        let Ok(status) = status else {
+            return Ok(u64::MAX);
+        };
+        let line = status
+            .lines()
+            .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+        Ok(line.context("no voluntary_ctxt_switches")?.trim().parse()?)
+    }
 }
 
 /// The state letter of a task, and where it sleeps.

@@ -28,7 +28,7 @@ pub fn scenarios() -> Vec<Scenario> {
         ),
         Scenario::series(
             "aftermath/dirty-revoked",
-            "dirty pages nobody has begun to write: fsync of the revoked file says EIO, once a descriptor",
+            "dirty pages nobody has begun to write: fsync of the revoked file says EIO",
             dirty_revoked,
         ),
         Scenario::series(

@@ -8,12 +8,16 @@ use super::help::{
     enter, expect_errno, expect_report, expect_resent, populated, readable, still_serves, wake,
     Phase, PHASES,
 };
+use super::lost::drop_node;
+use super::resend::park_stats;
 use super::Scenario;
 use crate::raw::env::Env;
 use crate::raw::kit::Kit;
 use crate::raw::ops;
+use crate::raw::trap::Trap;
+use crate::raw::tree::Answer;
 use crate::raw::wait::wait_for;
-use crate::raw::wire::op;
+use crate::raw::wire::{op, RestartedOut, COOKIE_BIT, ROOT};
 
 pub fn scenarios() -> Vec<Scenario> {
     let mut all: Vec<Scenario> = PHASES
@@ -45,6 +49,16 @@ pub fn scenarios() -> Vec<Scenario> {
             "again/keeper-early",
             "the keeper says RESTARTED long before a server runs",
             keeper_early,
+        ),
+        Scenario::series(
+            "again/in-release",
+            "RESTARTED in the middle of a release waits for its end, and begins afresh",
+            |env| in_window(env, "release"),
+        ),
+        Scenario::series(
+            "again/in-sorting",
+            "so does RESTARTED while held requests are sorted",
+            |env| in_window(env, "unhold_sort"),
         ),
         Scenario::series(
             "again/threads",
@@ -229,6 +243,51 @@ fn keeper_early(env: &Env<'_>) -> Result<()> {
     still_serves(&mut kit)
 }
 
+/// Another RESTARTED when this server has committed, and has got nothing yet.
+fn in_window(env: &Env<'_>, point: &'static str) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    let (jobs, old) = park_stats(&mut kit, 2)?;
+    let lost = kit.tree.child(ROOT, "f2").context("f2")?;
+    kit.restarted()?;
+    let recovered =
+        kit.answer_replays(&mut |_, r| (r.nodeid == lost).then_some(Answer::Err(libc::ESTALE)))?;
+    let trap = Trap::arm(point)?;
+    kit.commit_epoch(recovered.report.epoch)?;
+    kit.tree.adopt(&recovered.replays);
+    drop_node(&mut kit, lost);
+    trap.wait(kit.patience)?;
+    let (dev, identity) = (kit.dev.duplicate()?, kit.config.identity);
+    let cookie = COOKIE_BIT | 0x77;
+    let sayer = kit.app("RESTARTED", move || {
+        dev.restarted(RestartedOut {
+            cookie,
+            identity,
+            ..Default::default()
+        })
+    })?;
+    sayer.wait_asleep(kit.patience)?;
+    ensure!(!sayer.done(), "it did not wait");
+    trap.go();
+    let said = sayer.finish(kit.patience)?;
+    ensure!(said == Ok(()), "RESTARTED in a release gave {said:?}");
+    kit.accepted(cookie);
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    kit.commit(&recovered)?;
+    ensure!(
+        recovered.report.held == 2 && !recovered.replays.iter().any(|r| r.nodeid == lost),
+        "{:?}",
+        recovered.report
+    );
+    for m in &old {
+        let new = kit.next_request()?;
+        expect_resent(&kit, m, &new)?;
+        kit.answer(&new)?;
+    }
+    super::resend::all_ok(&mut kit, &jobs)?;
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
 fn threads(env: &Env<'_>) -> Result<()> {
     let mut kit = populated(env, 30)?;
     let app = kit.parked("mkdir", "d", 1, ops::mkdir)?;
@@ -239,8 +298,8 @@ fn threads(env: &Env<'_>) -> Result<()> {
         let identity = kit.config.identity;
         sayers.push(kit.app("say RESTARTED", move || {
             (0..each).try_for_each(|i| {
-                let cookie = crate::raw::wire::COOKIE_BIT | (t << 32) | i;
-                dev.restarted(crate::raw::wire::RestartedOut {
+                let cookie = COOKIE_BIT | (t << 32) | i;
+                dev.restarted(RestartedOut {
                     cookie,
                     identity,
                     ..Default::default()

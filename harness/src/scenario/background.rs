@@ -51,6 +51,11 @@ pub fn scenarios() -> Vec<Scenario> {
             writeback_revoked_unread,
         ),
         Scenario::series(
+            "background/abort",
+            "abort in a recovery ends also what waits for a background slot",
+            aborted,
+        ),
+        Scenario::series(
             "background/held-two-inodes",
             "a held LINK or RENAME that names a revoked inode gets EIO",
             two_inodes,
@@ -140,6 +145,25 @@ fn revoked_unread(env: &Env<'_>) -> Result<()> {
     still_serves(&mut kit)
 }
 
+fn aborted(env: &Env<'_>) -> Result<()> {
+    let mut kit = narrow(env, 0)?;
+    let (readers, read) = six_readers(&mut kit)?;
+    ensure!(read.len() < 6, "no request waits for a slot");
+    kit.restarted()?;
+    kit.conn.abort().context("abort")?;
+    for (i, reader) in &readers {
+        let result = reader
+            .finish(kit.patience)
+            .with_context(|| format!("reader {i} waits for a connection that was aborted"))?;
+        ensure!(
+            result.is_err(),
+            "reader {i} of a connection that was aborted got {} bytes",
+            result.map_or(0, |b| b.len())
+        );
+    }
+    kit.conn.wait_waiting(0, kit.patience)
+}
+
 fn slots_full(env: &Env<'_>) -> Result<()> {
     let mut kit = narrow(env, 0)?;
     let (readers, read) = six_readers(&mut kit)?;
@@ -216,6 +240,25 @@ fn writeback(env: &Env<'_>) -> Result<()> {
         kit.tree.node(big).data == data,
         "the server has other bytes than were written"
     );
+    // Offset and length are behind the handle.
+    let writes = kit.served.iter().filter(|m| m.is(op::WRITE));
+    let mut parts: Vec<(u64, u64)> = writes
+        .chain([&again])
+        .map(|m| {
+            let word = |at: usize| u64::from_ne_bytes(m.body[at..at + 8].try_into().expect("8"));
+            (word(8), word(16) & u64::from(u32::MAX))
+        })
+        .collect();
+    parts.sort_unstable();
+    let mut end = 0;
+    for (offset, length) in &parts {
+        ensure!(
+            *offset == end,
+            "what was written is not each byte once: {parts:?}"
+        );
+        end += length;
+    }
+    ensure!(end == 1 << 20, "{end} bytes were written, not 1 MiB");
     kit.check_counts()?;
     still_serves(&mut kit)
 }

@@ -433,14 +433,14 @@ fn passthrough(env: &Env<'_>) -> Result<()> {
 }
 
 /// Switches FUSE over io_uring on for as long as this lives; the default of kernels is off.
-struct Uring {
+pub(super) struct Uring {
     was: String,
 }
 
 const ENABLE_URING: &str = "/sys/module/fuse/parameters/enable_uring";
 
 impl Uring {
-    fn on() -> Result<Uring> {
+    pub(super) fn on() -> Result<Uring> {
         let Ok(was) = std::fs::read_to_string(ENABLE_URING) else {
             return skip("this kernel has no FUSE over io_uring");
         };

@@ -44,6 +44,8 @@ const WINDOW: usize = 64;
 enum End {
     /// In the phase in which it has begun.
     AtOnce,
+    /// When this recovery has come to its report, and COMMIT was not said.
+    Reported,
     /// When the server serves to which this recovery led.
     Serving,
     /// In a recovery after this one.
@@ -52,8 +54,9 @@ enum End {
     NextServing,
 }
 
-const ENDS: [End; 4] = [
+const ENDS: [End; 5] = [
     End::AtOnce,
+    End::Reported,
     End::Serving,
     End::NextRecovery,
     End::NextServing,
@@ -70,8 +73,10 @@ fn eviction(env: &Env<'_>, begin: Option<Phase>) -> Result<()> {
     for end in ENDS {
         // Where there is no recovery none goes on, and a refused server does not get to serve.
         let none = match begin {
-            None => matches!(end, End::AtOnce | End::NextServing),
-            Some(Phase::Refused) => end == End::Serving,
+            None => matches!(end, End::AtOnce | End::Reported | End::NextServing),
+            Some(Phase::Refused) => matches!(end, End::Reported | End::Serving),
+            // The same as at once.
+            Some(Phase::Reported) => end == End::Reported,
             Some(_) => false,
         };
         if !none {
@@ -92,10 +97,18 @@ fn begun(env: &Env<'_>, begin: Option<Phase>, end: End) -> Result<()> {
         End::AtOnce => {
             trap.go();
             ensure!(dropper.finish(kit.patience)?, "drop_caches");
-            go_on(&mut kit, begin, left)?;
+            go_on(&mut kit, begin, left, || Ok(()))?;
+        }
+        End::Reported => {
+            let patience = kit.patience;
+            go_on(&mut kit, begin, left, || {
+                trap.go();
+                ensure!(dropper.finish(patience)?, "drop_caches");
+                Ok(())
+            })?;
         }
         End::Serving => {
-            go_on(&mut kit, begin, left)?;
+            go_on(&mut kit, begin, left, || Ok(()))?;
             trap.go();
             ensure!(kit.serve(&dropper)?, "drop_caches");
         }
@@ -128,7 +141,13 @@ fn evict_all(kit: &mut Kit<'_>) -> Result<()> {
 }
 
 /// Goes on with the recovery that is in `phase`, or with the next one if there is none to go on with, and serves.
-fn go_on(kit: &mut Kit<'_>, phase: Option<Phase>, left: Option<Message>) -> Result<()> {
+/// `reported` happens before COMMIT.
+fn go_on(
+    kit: &mut Kit<'_>,
+    phase: Option<Phase>,
+    left: Option<Message>,
+    reported: impl FnOnce() -> Result<()>,
+) -> Result<()> {
     if matches!(phase, None | Some(Phase::Refused)) {
         kit.recover()?;
         return Ok(());
@@ -170,6 +189,7 @@ fn go_on(kit: &mut Kit<'_>, phase: Option<Phase>, left: Option<Message>) -> Resu
         !kit.readable()?,
         "something can be read between the report and COMMIT"
     );
+    reported()?;
     kit.commit_epoch(report.epoch)?;
     if !all_shown {
         kit.tree.adopt(&shown);
@@ -189,7 +209,7 @@ fn in_flight(env: &Env<'_>) -> Result<()> {
         !trap.stopped(),
         "an inode is evicted whose replay is in flight"
     );
-    go_on(&mut kit, Some(Phase::Reported), left)?;
+    go_on(&mut kit, Some(Phase::Reported), left, || Ok(()))?;
     // The names are gone, so these are the last references: they are dropped by a worker, once the server serves.
     trap.wait(kit.patience)
         .context("what the recovery had kept was not evicted")?;

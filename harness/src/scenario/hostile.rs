@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use nix::fcntl::OFlag;
@@ -16,6 +16,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
 use super::help::{open, populate, populated, still_serves};
+use super::patience::{Knob, MAX_REQUEST};
 use super::unprivileged::{Server, Who};
 use super::waits::Freezer;
 use super::Scenario;
@@ -27,6 +28,7 @@ use crate::raw::kit::{Config, Kit};
 use crate::raw::msg::Message;
 use crate::raw::ops;
 use crate::raw::tree::Answer;
+use crate::raw::wait::wait_for;
 use crate::raw::wire::{init, op, AttrOut, RestartedOut, COOKIE_BIT, ROOT};
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -44,6 +46,13 @@ pub fn scenarios() -> Vec<Scenario> {
     };
     let mut all = Vec::from(of(Who::Root, "hostile"));
     all.extend(of(Who::Somebody, "unprivileged"));
+    all.extend(MEANNESS.map(|mean| {
+        Scenario::series(
+            format!("unprivileged/bounded-{}", mean.name()),
+            "the administrator's max_request_timeout ends it",
+            move |env| bounded(env, Who::Somebody, mean),
+        )
+    }));
     all
 }
 
@@ -243,6 +252,31 @@ fn be_hostile(env: &Env<'_>, mean: Mean, mut talk: UnixStream) -> Result<()> {
     while poll_one(talk.as_fd(), PollFlags::POLLIN, pause)?.is_empty() {
         mean.act(&mut bad, &mut read)?;
     }
+    Ok(())
+}
+
+/// How long it takes until the connection is at its end.
+fn bounded(env: &Env<'_>, who: Who, mean: Mean) -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(3);
+    let _knob = Knob::set(MAX_REQUEST, &LIMIT.as_secs().to_string())?;
+    let begun = Instant::now();
+    let bad = Hostile::start(env, who, mean, &[])?;
+    let limit = match mean {
+        // Each recovery ends in time, so this is the requests' own limit, which begins anew once, is 15 s at least, and
+        // is looked at every 15 s.
+        Mean::ForEver => Duration::from_secs(45),
+        _ => LIMIT,
+    };
+    wait_for("the end of the hostile mount", limit + env.patience, || {
+        let recovery = bad.mount.0.recovery();
+        Ok(!bad.mount.0.exists()
+            || recovery.map_or(true, |r| r.is_none_or(|r| r.state() == "dead")))
+    })?;
+    let took = begun.elapsed();
+    ensure!(
+        took >= LIMIT,
+        "it ended after {took:?}, which is not because of the limit"
+    );
     Ok(())
 }
 

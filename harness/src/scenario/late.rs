@@ -2,16 +2,21 @@
 //! Replies that a dead server wrote and nobody had consumed: in every phase the counts come out right. Evictions, which
 //! may also begin before and end after, are in `evictions`.
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use nix::fcntl::OFlag;
 
-use super::help::{enter, populated, still_serves, Phase};
+use super::help::{populated, readable, still_serves, Phase};
 use super::Scenario;
+use crate::raw::app::App;
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
+use crate::raw::msg::{Message, Replay};
 use crate::raw::ops::{self, Done};
+use crate::raw::recover::Recovered;
 use crate::raw::trap::Trap;
-use crate::raw::wire::{op, ROOT};
+use crate::raw::tree::Answer;
+use crate::raw::wait::wait_for;
+use crate::raw::wire::{op, Report, ROOT};
 
 const DO_READDIRPLUS: u64 = 1 << 13;
 
@@ -66,38 +71,145 @@ pub fn scenarios() -> Vec<Scenario> {
 }
 
 /// When the reply is consumed.
-pub(super) const WHEN: [Option<Phase>; 5] = [
-    Some(Phase::Said),
-    Some(Phase::Root),
-    Some(Phase::Replay),
-    Some(Phase::Reported),
-    None,
+#[derive(Clone, Copy, Debug)]
+pub(super) enum When {
+    /// In this phase, of a recovery that goes on.
+    Same(Phase),
+    /// In this phase, of a recovery that another RESTARTED ends.
+    Again(Phase),
+    /// When the next server serves.
+    Serving,
+}
+
+pub(super) const WHEN: [When; 12] = [
+    When::Same(Phase::Said),
+    When::Same(Phase::Root),
+    When::Same(Phase::Replay),
+    When::Same(Phase::Prepared),
+    When::Same(Phase::Reported),
+    When::Again(Phase::Said),
+    When::Again(Phase::Root),
+    When::Again(Phase::Replay),
+    When::Again(Phase::Prepared),
+    When::Again(Phase::Reported),
+    When::Again(Phase::Refused),
+    When::Serving,
 ];
 
-/// Lets the application that stopped in `trap` go on in the phase given (`None`: when the next server serves), and
+/// Lets the application that stopped in `trap` go on when it is time, waits until it has consumed its answer, and
 /// completes the recovery.
-pub(super) fn consumed_in(kit: &mut Kit<'_>, trap: Trap, phase: Option<Phase>) -> Result<()> {
-    let Some(phase) = phase else {
-        kit.recover()?;
-        trap.go();
-        return Ok(());
-    };
-    let left = match phase {
-        // `enter` counts on the server's table, which has what nobody consumed.
-        Phase::Replay => {
-            kit.restarted()?;
-            kit.confirm_root()?;
-            Some(kit.next_replay()?.0)
+pub(super) fn consumed_in<T: Send + 'static>(
+    kit: &mut Kit<'_>,
+    app: &App<T>,
+    trap: Trap,
+    when: When,
+) -> Result<()> {
+    let (phase, goes_on) = match when {
+        When::Same(phase) => (phase, true),
+        When::Again(phase) => (phase, false),
+        When::Serving => {
+            kit.recover()?;
+            trap.go();
+            return Ok(());
         }
-        other => enter(kit, other)?,
     };
+    let mut under_way = UnderWay::come_to(kit, phase)?;
+    app.wait_asleep(kit.patience)?;
+    let before = app.times_asleep()?;
     trap.go();
-    if let Some((m, r)) = left.as_ref().and_then(|m| m.replay().map(|r| (m, r))) {
-        kit.confirm(m, &r)?;
+    // Either it is through, or it waits for what it asked then: that is held.
+    wait_for("the answer to be consumed", kit.patience, || {
+        Ok(app.done() || app.times_asleep()? > before)
+    })?;
+    if goes_on {
+        under_way.complete(kit)
+    } else {
+        under_way.confirm_left(kit)?;
+        // What was consumed meanwhile must not have done anything.
+        kit.recover().map(drop)
     }
-    // A second RESTARTED begins afresh: what was consumed meanwhile must not have done anything.
-    kit.recover()?;
-    Ok(())
+}
+
+/// A recovery that has come to some phase. The server's table is no guide to what is shown: it has what nobody consumed.
+struct UnderWay {
+    shown: Vec<Replay>,
+    left: Option<Message>,
+    report: Option<Report>,
+}
+
+impl UnderWay {
+    fn come_to(kit: &mut Kit<'_>, phase: Phase) -> Result<UnderWay> {
+        let mut this = UnderWay {
+            shown: Vec::new(),
+            left: None,
+            report: None,
+        };
+        kit.restarted()?;
+        match phase {
+            Phase::Said => readable(kit, "the root's replay")?,
+            Phase::Root => this.left = Some(kit.next_replay()?.0),
+            Phase::Replay => {
+                this.shown.push(kit.confirm_root()?);
+                this.left = Some(kit.next_replay()?.0);
+            }
+            Phase::Prepared => {
+                loop {
+                    // In this order: what could be read before the state was another one is no report.
+                    let ready = kit.readable()?;
+                    let recovery = kit.conn.recovery()?.context("recovery file")?;
+                    if recovery.state() == "prepared" {
+                        break;
+                    }
+                    if ready {
+                        let (m, replay) = kit.next_replay()?;
+                        kit.confirm(&m, &replay)?;
+                        this.shown.push(replay);
+                    }
+                }
+                readable(kit, "the report")?;
+            }
+            Phase::Reported => this.go_to_report(kit)?,
+            Phase::Refused => {
+                enter_refused(kit)?;
+            }
+            Phase::Settle | Phase::SettleAnswer => bail!("nobody comes to {phase:?} here"),
+        }
+        Ok(this)
+    }
+
+    fn confirm_left(&mut self, kit: &mut Kit<'_>) -> Result<()> {
+        if let Some(m) = self.left.take() {
+            let replay = m.replay().context("a replay was left")?;
+            kit.confirm(&m, &replay)?;
+            self.shown.push(replay);
+        }
+        Ok(())
+    }
+
+    fn go_to_report(&mut self, kit: &mut Kit<'_>) -> Result<()> {
+        while self.report.is_none() {
+            let m = kit.next()?;
+            match m.report(kit.cookie()) {
+                Some(report) => self.report = Some(report),
+                None => self.left = Some(m),
+            }
+            self.confirm_left(kit)?;
+        }
+        Ok(())
+    }
+
+    fn complete(mut self, kit: &mut Kit<'_>) -> Result<()> {
+        self.confirm_left(kit)?;
+        self.go_to_report(kit)?;
+        let report = self.report.context("just read")?;
+        kit.commit(&Recovered::of(self.shown, report))
+    }
+}
+
+fn enter_refused(kit: &mut Kit<'_>) -> Result<()> {
+    let (m, _) = kit.next_replay()?;
+    kit.send(&m, &Answer::Err(libc::EIO))?;
+    kit.conn.wait_state(&["refused"], kit.patience)
 }
 
 fn lookup(env: &Env<'_>) -> Result<()> {
@@ -114,7 +226,8 @@ fn lookup(env: &Env<'_>) -> Result<()> {
             let m = kit.until_op(op::LOOKUP)?;
             kit.answer(&m)?;
             trap.wait(kit.patience)?;
-            consumed_in(&mut kit, trap, phase).with_context(|| format!("{name}, {phase:?}"))?;
+            consumed_in(&mut kit, &app, trap, phase)
+                .with_context(|| format!("{name}, {phase:?}"))?;
             let result = kit.serve(&app)?;
             ensure!(
                 result == Ok(()),
@@ -138,7 +251,7 @@ fn stamp(env: &Env<'_>) -> Result<()> {
         let m = kit.until_op(op::LOOKUP)?;
         kit.answer(&m)?;
         trap.wait(kit.patience)?;
-        consumed_in(&mut kit, trap, phase).with_context(|| format!("{phase:?}"))?;
+        consumed_in(&mut kit, &app, trap, phase).with_context(|| format!("{phase:?}"))?;
         let result = kit.serve(&app)?;
         ensure!(
             result == Ok(()),
@@ -161,7 +274,7 @@ fn revalidate(env: &Env<'_>) -> Result<()> {
         let m = kit.until_op(op::LOOKUP)?;
         kit.answer(&m)?;
         trap.wait(kit.patience)?;
-        consumed_in(&mut kit, trap, phase).with_context(|| format!("{phase:?}"))?;
+        consumed_in(&mut kit, &app, trap, phase).with_context(|| format!("{phase:?}"))?;
         let result = kit.serve(&app)?;
         ensure!(
             result == Ok(()),
@@ -196,7 +309,7 @@ fn create(env: &Env<'_>) -> Result<()> {
             kit.answer(&m)?;
             trap.wait(kit.patience)?;
             let what = format!("{}, consumed in {phase:?}", op::name(opcode));
-            consumed_in(&mut kit, trap, phase).with_context(|| what.clone())?;
+            consumed_in(&mut kit, &app, trap, phase).with_context(|| what.clone())?;
             let result = kit.serve(&app)?;
             ensure!(result == Ok(()), "{what}, gave {result:?}");
             kit.check_counts().context(what)?;
@@ -224,7 +337,7 @@ fn readdirplus(env: &Env<'_>) -> Result<()> {
         let m = kit.until_op(op::READDIRPLUS)?;
         kit.answer(&m)?;
         trap.wait(kit.patience)?;
-        consumed_in(&mut kit, trap, phase).with_context(|| format!("{phase:?}"))?;
+        consumed_in(&mut kit, &app, trap, phase).with_context(|| format!("{phase:?}"))?;
         let names = kit.serve(&app)?.context("listing d")?;
         ensure!(names.len() == 8, "{} names", names.len());
         kit.check_counts()
@@ -251,7 +364,7 @@ fn undone(env: &Env<'_>) -> Result<()> {
         let m = kit.until_op(op::READDIRPLUS)?;
         kit.answer(&m)?;
         trap.wait(kit.patience)?;
-        consumed_in(&mut kit, trap, phase).with_context(|| format!("{phase:?}"))?;
+        consumed_in(&mut kit, &app, trap, phase).with_context(|| format!("{phase:?}"))?;
         let names = kit.serve(&app)?.context("listing")?;
         ensure!(names == ["loop"], "{names:?}");
         kit.check_counts()
@@ -273,7 +386,7 @@ fn attributes(env: &Env<'_>) -> Result<()> {
         kit.answer(&m)?;
         trap.wait(kit.patience)?;
         kit.tree.node_mut(f0).data = vec![0; 1000];
-        consumed_in(&mut kit, trap, phase).with_context(|| format!("{phase:?}"))?;
+        consumed_in(&mut kit, &app, trap, phase).with_context(|| format!("{phase:?}"))?;
         let size = kit.serve(&app)?;
         ensure!(size == Ok(before), "the stat under way gave {size:?}");
         // By the descriptor: a name would be looked up again, which brings attributes.

@@ -15,6 +15,7 @@ mod clones;
 mod counts;
 mod dentries;
 mod evictions;
+mod fault;
 mod fuseblk;
 mod handover;
 mod held;
@@ -22,6 +23,7 @@ mod help;
 mod hostile;
 mod interrupts;
 mod kill;
+mod kill_io;
 mod late;
 mod lost;
 mod module;
@@ -136,7 +138,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 40] = [
+    let families: [fn() -> Vec<Scenario>; 42] = [
         bad_identity::scenarios,
         bad_input::scenarios,
         replay::scenarios,
@@ -151,6 +153,8 @@ fn table() -> Vec<Scenario> {
         handover::scenarios,
         interrupts::scenarios,
         kill::scenarios,
+        kill_io::scenarios,
+        fault::scenarios,
         unmount::scenarios,
         fuseblk::scenarios,
         module::scenarios,

@@ -15,7 +15,7 @@ use crate::raw::trap::Trap;
 use crate::raw::wire::op;
 
 const TIMEOUT: &str = "/sys/module/fuse/parameters/recovery_timeout";
-const MAX_REQUEST: &str = "/proc/sys/fs/fuse/max_request_timeout";
+pub(super) const MAX_REQUEST: &str = "/proc/sys/fs/fuse/max_request_timeout";
 const DEFAULT_REQUEST: &str = "/proc/sys/fs/fuse/default_request_timeout";
 
 pub fn scenarios() -> Vec<Scenario> {

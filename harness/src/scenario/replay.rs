@@ -204,7 +204,7 @@ fn window(env: &Env<'_>) -> Result<()> {
         ensure!(taken.len() < n, "all {n} replays were sent at once");
     }
     ensure!(
-        taken.len() <= 512,
+        taken.len() <= 64,
         "{} replays are in flight at once",
         taken.len()
     );

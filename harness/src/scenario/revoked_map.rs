@@ -3,10 +3,13 @@
 //! connection serves again.
 
 use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
 use anyhow::{ensure, Result};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
@@ -14,11 +17,13 @@ use super::help::{expect_errno, open, populate, populated, still_serves};
 use super::lost::{lose, never_asked, node, Staged};
 use super::Scenario;
 use crate::raw::app::{faults_kill, state, Proc};
+use crate::raw::dev::poll_one;
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::ops;
 use crate::raw::rare;
 use crate::raw::trap::Trap;
+use crate::raw::wait::wait_for;
 use crate::raw::wire::{fopen, init, op, ROOT};
 
 /// What a process has done to its mapping before the file was revoked.
@@ -49,6 +54,11 @@ pub fn scenarios() -> Vec<Scenario> {
         ));
     }
     all.extend([
+        Scenario::series(
+            "revoked-map/copied-late",
+            "nor does a private copy stay that a fault under way had begun to make",
+            copied_late,
+        ),
         Scenario::series(
             "revoked-map/exec",
             "a program that runs from a revoked file dies of SIGBUS",
@@ -347,5 +357,51 @@ fn syncfs_clean(env: &Env<'_>) -> Result<()> {
         kit.run("fsync", move || ops::fsync(fd))?,
         Errno::EIO,
     )?;
+    still_serves(&mut kit)
+}
+
+/// A fault that has its page, and copies it when the file is revoked already: only then can the page cache be dropped.
+fn copied_late(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 2)?;
+    let path = kit.path("f1");
+    let fd = open(&mut kit, "f1", OFlag::O_RDONLY)?;
+    let at = rare::map_untouched(fd)?;
+    let (touched, tell) = nix::unistd::pipe()?;
+    let (wait, go) = nix::unistd::pipe()?;
+    let close = [kit.dev.raw(), go.as_raw_fd()];
+    let trap = Trap::arm("fault_found")?;
+    let mut app = Proc::spawn("a process with a private mapping", &close, || {
+        faults_kill();
+        let Ok(at) = map(&path, false) else {
+            return 1;
+        };
+        // SAFETY: mapped, and within the file.
+        unsafe { at.add(1).write_volatile(b'!') };
+        let _ = nix::unistd::write(&tell, b"!");
+        // Ends when the scenario closes its end.
+        let _ = nix::unistd::read(&wait, &mut [0]);
+        i32::from(look(at))
+    })?;
+    kit.serve_until("a fault to have its page", |_| Ok(trap.stopped()))?;
+    let f1 = node(&kit, "f1")?;
+    lose(&mut kit, &[f1])?;
+    trap.go();
+    ensure!(
+        poll_one(touched.as_fd(), PollFlags::POLLIN, kit.patience)?.contains(PollFlags::POLLIN),
+        "the fault did not end"
+    );
+    wait_for("f1 to leave the page cache", kit.patience, || {
+        Ok(!rare::in_page_cache(at)?)
+    })?;
+    // What follows in the kernel is one call, of which nothing tells the end.
+    std::thread::sleep(Duration::from_millis(50));
+    drop(go);
+    kit.serve_until("the end of the process", |_| app.ended())?;
+    let status = app.wait(kit.patience)?;
+    ensure!(
+        matches!(status, WaitStatus::Signaled(_, Signal::SIGBUS, _)),
+        "the process ended with {status:?}, not by SIGBUS: it sees a file that is revoked"
+    );
+    kit.check_counts()?;
     still_serves(&mut kit)
 }

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::wait::WaitStatus;
 
+use super::bad_input::Uring;
 use super::help::{expect_errno, expect_resent, open, populate, populated, still_serves};
 use super::lost::{as_user, evict, lose, node, Staged};
 use super::Scenario;
@@ -74,7 +75,24 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::series(
             "survive/refusal-said",
             "a connection with passthrough is not granted, and the log says why",
-            refusal_said,
+            |env| {
+                if !env.support.passthrough {
+                    return skip("no passthrough here");
+                }
+                let config = Config {
+                    max_stack_depth: 1,
+                    ..Config::with(init::PASSTHROUGH)
+                };
+                refusal_said(env, config)
+            },
+        ),
+        Scenario::series(
+            "survive/refusal-said-io-uring",
+            "so does it of one with io_uring",
+            |env| {
+                let _on = Uring::on()?;
+                refusal_said(env, Config::with(init::OVER_IO_URING))
+            },
         ),
     ]);
     all
@@ -441,20 +459,15 @@ fn parallel_lookups(env: &Env<'_>, revoked: bool) -> Result<()> {
     still_serves(&mut kit)
 }
 
-fn refusal_said(env: &Env<'_>) -> Result<()> {
+fn refusal_said(env: &Env<'_>, config: Config) -> Result<()> {
     use std::io::{Read, Seek, SeekFrom};
     use std::os::unix::fs::OpenOptionsExt;
-    if !env.support.passthrough {
-        return skip("no passthrough here");
-    }
     let mut log = std::fs::File::options()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)
         .open("/dev/kmsg")
         .context("/dev/kmsg")?;
     log.seek(SeekFrom::End(0))?;
-    let mut config = Config::with(init::PASSTHROUGH);
-    config.max_stack_depth = 1;
     let kit = Kit::mount(env, config)?;
     expect_errno::<()>("the probe", Err(kit.dev.probe()), Errno::EOPNOTSUPP)?;
     let recovery = kit.conn.recovery()?.context("no recovery file")?;

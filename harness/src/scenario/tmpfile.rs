@@ -130,7 +130,7 @@ fn answered(env: &Env<'_>) -> Result<()> {
         kit.answer(&m)?;
         trap.wait(kit.patience)?;
         kit.served.clear();
-        consumed_in(&mut kit, trap, phase).with_context(|| format!("{phase:?}"))?;
+        consumed_in(&mut kit, &app, trap, phase).with_context(|| format!("{phase:?}"))?;
         let result = kit.serve(&app)?;
         expect_errno(
             &format!("O_TMPFILE, consumed in {phase:?},"),

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Requests that are on no list when the sweep comes: between two lists, or half copied.
 
+use std::sync::Arc;
+
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use zerocopy::IntoBytes;
 
-use super::help::{expect_resent, populated, still_serves};
+use super::help::{expect_resent, populated, readable, still_serves};
 use super::kill::syscall_of;
 use super::Scenario;
 use crate::raw::app::{state, App, Proc};
@@ -56,7 +58,17 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::series(
             "transit/notify-reply",
             "the answer to a dead server's RETRIEVE goes to nobody",
-            notify_reply,
+            |env| notify_reply(env, false),
+        ),
+        Scenario::series(
+            "transit/notify-reply-pending",
+            "nor does one that waits to be read at RESTARTED",
+            |env| notify_reply(env, true),
+        ),
+        Scenario::series(
+            "transit/forget-asleep",
+            "a reader that sleeps in the copy of a FORGET is not waited for, through whole recoveries",
+            forget_asleep,
         ),
         Scenario::series(
             "transit/forced-forget",
@@ -316,7 +328,8 @@ fn answer_completes(env: &Env<'_>) -> Result<()> {
     still_serves(&mut kit)
 }
 
-fn notify_reply(env: &Env<'_>) -> Result<()> {
+/// `pending`: it is in the queue, or else just before that.
+fn notify_reply(env: &Env<'_>, pending: bool) -> Result<()> {
     const ASKED: u64 = 4711;
     let mut kit = populated(env, 3)?;
     let f0 = kit.tree.child(ROOT, "f0").context("f0")?;
@@ -330,15 +343,21 @@ fn notify_reply(env: &Env<'_>) -> Result<()> {
         size: 64,
         padding: 0,
     };
-    let trap = Trap::arm("queue_notify_reply")?;
-    let dev = kit.dev.duplicate()?;
-    let said = kit.app("RETRIEVE", move || {
-        dev.notify(notify::RETRIEVE, &retrieve, &[])
-    })?;
-    trap.wait(kit.patience)?;
-    kit.restarted()?;
-    trap.go();
-    said.finish(kit.patience)?.ok();
+    if pending {
+        kit.dev.notify(notify::RETRIEVE, &retrieve, &[])?;
+        readable(&kit, "the answer to RETRIEVE")?;
+        kit.restarted()?;
+    } else {
+        let trap = Trap::arm("queue_notify_reply")?;
+        let dev = kit.dev.duplicate()?;
+        let said = kit.app("RETRIEVE", move || {
+            dev.notify(notify::RETRIEVE, &retrieve, &[])
+        })?;
+        trap.wait(kit.patience)?;
+        kit.restarted()?;
+        trap.go();
+        said.finish(kit.patience)?.ok();
+    }
     let recovered = kit.answer_replays(&mut |_, _| None)?;
     ensure!(
         recovered.report.held == 0,
@@ -352,6 +371,41 @@ fn notify_reply(env: &Env<'_>) -> Result<()> {
         anyhow::bail!("{m} reached a server that had not asked");
     }
     Ok(())
+}
+
+fn forget_asleep(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 1)?;
+    let abyss = Arc::new(Abyss::new(1 << 18)?);
+    let (dev, there) = (kit.dev.duplicate()?, abyss.clone());
+    let reader = kit.app("a read(2) into the abyss", move || there.read(dev.raw()))?;
+    reader.wait_asleep(kit.patience)?;
+    let before = reader.times_asleep()?;
+    // What was used lately is only marked the first time.
+    for _ in 0..3 {
+        std::fs::write("/proc/sys/vm/drop_caches", "2").context("drop_caches")?;
+    }
+    wait_for("a reader to sleep in its copy", kit.patience, || {
+        Ok(reader.done() || (reader.times_asleep()? > before && !kit.readable()?))
+    })?;
+    ensure!(
+        !reader.done(),
+        "it did not sleep, but gave {:?}",
+        reader.take()
+    );
+    for _ in 0..2 {
+        let recovered = kit.recover()?;
+        ensure!(
+            recovered.replays.len() == 1,
+            "{} inodes are shown, one of which was evicted",
+            recovered.replays.len()
+        );
+    }
+    ensure!(!reader.done(), "who slept in a copy woke up by itself");
+    abyss.fill(&[])?;
+    let read = reader.finish(kit.patience)?;
+    ensure!(read.is_ok(), "the dead server's read gave {read:?}");
+    kit.check_counts()?;
+    still_serves(&mut kit)
 }
 
 fn forced_forget(env: &Env<'_>) -> Result<()> {

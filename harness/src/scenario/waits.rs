@@ -13,6 +13,7 @@ use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal
 
 use super::help::{populate, populated, still_serves};
 use super::kill::{dies, grace, mkdir_process};
+use super::kill_io::direct_io;
 use super::Scenario;
 use crate::raw::app::{state, Proc};
 use crate::raw::dev::poll_one;
@@ -356,6 +357,13 @@ impl Drop for Freezer {
     }
 }
 
+/// Where O_DIRECT may have several requests under way.
+fn many_at_once<'a>(env: &'a Env<'a>) -> Result<Kit<'a>> {
+    let mut kit = Kit::granted_with(env, Config::with(init::ASYNC_DIO))?;
+    populate(&mut kit, 3)?;
+    Ok(kit)
+}
+
 /// Every kind of wait for an answer: not read yet, read, past a signal, in close(), held.
 fn waiters(kit: &mut Kit<'_>) -> Result<Vec<Proc>> {
     let mut all = vec![mkdir_process(kit, "d")?];
@@ -371,6 +379,14 @@ fn waiters(kit: &mut Kit<'_>) -> Result<Vec<Proc>> {
     })?);
     kit.until_op(op::FLUSH)?;
     drop(told);
+    // Who reads past the page cache waits elsewhere.
+    let path = kit.path("f0");
+    all.push(Proc::spawn("O_DIRECT", &[kit.dev.raw()], move || {
+        direct_io(&path, false)
+    })?);
+    let open = kit.until_op(op::OPEN)?;
+    kit.answer(&open)?;
+    kit.until_op(op::READ)?;
     for name in ["f1", "f2"] {
         let path = kit.path(name);
         all.push(Proc::spawn("stat", &[kit.dev.raw()], move || {
@@ -380,7 +396,7 @@ fn waiters(kit: &mut Kit<'_>) -> Result<Vec<Proc>> {
             kit.until_op(op::GETATTR)?;
         }
     }
-    kit.conn.wait_waiting(4, kit.patience)?;
+    kit.conn.wait_waiting(5, kit.patience)?;
     for one in &all {
         one.wait_asleep(kit.patience)?;
     }
@@ -399,7 +415,7 @@ fn all_end(kit: &mut Kit<'_>, mut all: Vec<Proc>) -> Result<()> {
 fn freezer(env: &Env<'_>) -> Result<()> {
     let freezer = Freezer::new(env)?;
     for held in [false, true] {
-        let mut kit = populated(env, 3)?;
+        let mut kit = many_at_once(env)?;
         let all = waiters(&mut kit)?;
         if held {
             kit.restarted()?;
@@ -414,7 +430,7 @@ fn freezer(env: &Env<'_>) -> Result<()> {
         // A recovery is none of theirs.
         kit.interrupts.clear();
         let recovered = kit.recover()?;
-        ensure!(recovered.report.held == 4, "{:?}", recovered.report);
+        ensure!(recovered.report.held == 5, "{:?}", recovered.report);
         freezer.set("THAWED")?;
         all_end(&mut kit, all)?;
         ensure!(
@@ -438,7 +454,7 @@ fn suspend(env: &Env<'_>) -> Result<()> {
     std::fs::write("/sys/power/pm_test", "freezer").context("pm_test")?;
     // How long everything stays frozen.
     let _ = std::fs::write("/sys/module/suspend/parameters/pm_test_delay", "1");
-    let mut kit = populated(env, 3)?;
+    let mut kit = many_at_once(env)?;
     let all = waiters(&mut kit)?;
     kit.restarted()?;
     let said = std::fs::write(state, word);

@@ -371,7 +371,9 @@ fn unmount_while_sorting(env: &Env<'_>) -> Result<()> {
 }
 
 /// A READ in dead hands that nobody waits for: readahead, whose pages stay locked until it is answered.
-pub(super) fn reading_ahead<'a>(env: &'a Env<'a>) -> Result<(Kit<'a>, RawFd, crate::raw::msg::Message)> {
+pub(super) fn reading_ahead<'a>(
+    env: &'a Env<'a>,
+) -> Result<(Kit<'a>, RawFd, crate::raw::msg::Message)> {
     let config = Config {
         max_readahead: 64 << 10,
         ..Config::default()

@@ -138,9 +138,6 @@ fn fragments(paths: &Paths, flavor: Flavor) -> Result<Vec<String>> {
     let mut names = flavor.fragments().to_vec();
     if flavor.series() {
         names.push("series");
-        if names.contains(&"checks") {
-            names.push("series-checks");
-        }
     }
     names.extend(flavor.last_fragment());
     names
@@ -378,15 +375,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let repo = dir.path().join("repo");
         fs::create_dir_all(repo.join("qemu/config")).unwrap();
-        for n in [
-            "common",
-            "um",
-            "x86",
-            "checks",
-            "debug",
-            "series",
-            "series-checks",
-        ] {
+        for n in ["common", "um", "x86", "checks", "debug", "series"] {
             fs::write(
                 repo.join(format!("qemu/config/{n}.config")),
                 format!("CONFIG_{}=y\n", n.to_uppercase()),

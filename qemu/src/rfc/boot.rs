@@ -45,11 +45,7 @@ echo smoke-test-passed > $FUSE_RESTART_OUT
 /// What the result depends on beside the tree.
 pub fn key(paths: &Paths) -> Result<String> {
     let mut key = SMOKE.to_string();
-    for f in FLAVOR
-        .fragments()
-        .iter()
-        .chain(&["series", "series-checks"])
-    {
+    for f in FLAVOR.fragments().iter().chain(&["series"]) {
         key += &fs::read_to_string(paths.config(f)).with_context(|| f.to_string())?;
     }
     key += &series::hash(&test_bed(paths)?)?;
