@@ -20,14 +20,21 @@ struct Summary {
     skipped: u32,
 }
 
-pub fn run(paths: &Paths, tally: &mut Tally, debug_kernel: bool) {
+pub fn uml(paths: &Paths, tally: &mut Tally) {
+    run(paths, tally, &[(BackendName::Uml, KernelName::Patched)]);
+}
+
+pub fn qemu(paths: &Paths, tally: &mut Tally, debug_kernel: bool) {
     let mut guests = vec![
-        (BackendName::Uml, KernelName::Patched),
         (BackendName::Qemu, KernelName::Patched),
         (BackendName::Qemu, KernelName::Stock),
     ];
     guests.extend(debug_kernel.then_some((BackendName::Qemu, KernelName::Debug)));
-    for (backend, kernel) in guests {
+    run(paths, tally, &guests);
+}
+
+fn run(paths: &Paths, tally: &mut Tally, guests: &[(BackendName, KernelName)]) {
+    for &(backend, kernel) in guests {
         let name = format!("scenarios, {backend:?} {kernel:?}").to_lowercase();
         // Without the series in the repository there is no patched kernel yet.
         let series = kernel != KernelName::Stock && has_series(paths);

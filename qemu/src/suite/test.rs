@@ -2,7 +2,7 @@
 //! All checks, cheap ones first. Ends with `N passed, N failed`: N counts cargo
 //! tests one by one and every other check as one.
 
-use super::beside::Beside;
+use super::beside::{Beside, Part};
 use super::{crash, fuzz, race, scenarios, selftests, smoke, systemd};
 use crate::kernel::{self, flavor::Flavor};
 use crate::paths::Paths;
@@ -26,9 +26,12 @@ pub struct TestArgs {
     /// Guests with the debug kernel as well (builds it: 14 minutes more, once)
     #[arg(long)]
     debug_kernel: bool,
-    /// The part that runs beside the rest, and where its result goes
+    /// Only a part that runs beside the rest
+    #[arg(long, hide = true, requires = "result")]
+    beside: Option<Part>,
+    /// Where its result goes
     #[arg(long, hide = true, value_name = "FILE")]
-    beside: Option<PathBuf>,
+    result: Option<PathBuf>,
 }
 
 /// What was found so far.
@@ -93,10 +96,15 @@ impl Tally {
 
 pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
     let mut tally = Tally::default();
-    if let Some(result) = &args.beside {
-        crash::run(paths, &mut tally);
-        race::run(paths, &mut tally);
-        systemd::run(paths, &mut tally);
+    if let (Some(part), Some(result)) = (args.beside, &args.result) {
+        match part {
+            Part::Servers => {
+                crash::run(paths, &mut tally);
+                race::run(paths, &mut tally);
+                systemd::run(paths, &mut tally);
+            }
+            Part::Qemu => scenarios::qemu(paths, &mut tally, args.debug_kernel),
+        }
         std::fs::write(result, serde_json::to_vec(&tally)?)?;
         return Ok(tally.finish());
     }
@@ -136,13 +144,23 @@ pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
     }
     smoke::run(paths, &mut tally, args.debug_kernel);
     selftests::step(paths, &mut tally);
-    // A guest leaves half of two processors idle.
-    let beside = Beside::start(paths);
-    scenarios::run(paths, &mut tally, args.debug_kernel);
+    // A guest leaves most of two processors idle: much of what it does is to wait.
+    let debug: &[&str] = if args.debug_kernel {
+        &["--debug-kernel"]
+    } else {
+        &[]
+    };
+    let beside = [
+        Beside::start(paths, Part::Servers, &[]),
+        Beside::start(paths, Part::Qemu, debug),
+    ];
+    scenarios::uml(paths, &mut tally);
     fuzz::run(paths, &mut tally);
-    match beside {
-        Ok(beside) => beside.join(&mut tally),
-        Err(e) => tally.fail("what runs beside", &format!("{e:#}")),
+    for beside in beside {
+        match beside {
+            Ok(beside) => beside.join(&mut tally),
+            Err(e) => tally.fail("what runs beside", &format!("{e:#}")),
+        }
     }
     Ok(tally.finish())
 }
