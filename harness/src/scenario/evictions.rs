@@ -133,7 +133,8 @@ fn begun(env: &Env<'_>, begin: Option<Phase>, end: End) -> Result<()> {
     still_serves(&mut kit)
 }
 
-fn evict_all(kit: &mut Kit<'_>) -> Result<()> {
+/// Until the kernel has given back everything but the root. `Tree::forget` refuses what it should not.
+pub(super) fn evict_all(kit: &mut Kit<'_>) -> Result<()> {
     kit.serve_until("the eviction of every file", |kit| {
         std::fs::write("/proc/sys/vm/drop_caches", "2").context("drop_caches")?;
         Ok(kit.tree.held().len() == 1)
