@@ -17,9 +17,10 @@ use std::time::Duration;
 /// Run every scenario in several guests and show the results side by side
 ///
 /// UML with lockdep and atomic-sleep, and QEMU with KASAN, lockdep, kmemleak and
-/// atomic-sleep, unless --guests says otherwise. Any complaint of a kernel makes
-/// the run fail. The debug kernel takes most of the time: 15 minutes and more
-/// without KVM.
+/// atomic-sleep, unless --guests says otherwise; both have the traps by which
+/// some scenarios hold a window open. Any complaint of a kernel makes the run
+/// fail. The debug kernel takes most of the time: 20 minutes and more without
+/// KVM.
 ///
 /// Examples:
 ///   scripts/scenarios
@@ -31,7 +32,7 @@ pub struct TableArgs {
     /// Only these families or scenarios
     filter: Vec<String>,
     /// Where to run them
-    #[arg(long, value_enum, value_delimiter = ',', default_values = ["uml", "debug"])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["mutants", "debug-mutants"])]
     guests: Vec<Guest>,
     /// Boot the debug kernel with kmemleak off (its scans stop everything)
     #[arg(long)]
