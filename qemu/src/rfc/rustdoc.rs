@@ -24,6 +24,8 @@ pub fn run(objects: &Objects, tree: &Path, whole: bool) -> Result<Record> {
         let out = Command::new("sh")
             .arg("-c")
             .arg(line)
+            // As the tree's Makefile has it: the saved command has options of the nightly compiler.
+            .env("RUSTC_BOOTSTRAP", "1")
             .current_dir(&dir)
             .output()?;
         let said = String::from_utf8_lossy(&out.stderr);
