@@ -8,14 +8,14 @@
 //!
 //! There are three rings:
 //!
-//! 1. [`proto`], the pure core: it decides. It knows nothing of the kernel, and is also compiled
+//! 1. `proto`, the pure core: it decides. It knows nothing of the kernel, and is also compiled
 //!    and tested outside of it.
-//! 2. The abstractions [`conn`], [`inode`] and [`flight`]: all of the `unsafe` but for the entry
+//! 2. The abstractions `conn`, `inode` and `flight`: all of the `unsafe` but for the entry
 //!    points in this file.
 //! 3. The C code: `dev_restart.c` does what is done to queues of requests, `restart_glue.c` what
 //!    is done to inodes.
 //!
-//! [`engine`] puts these together. Begin there.
+//! `engine` puts these together. Begin there.
 //!
 //! C header: [`fs/fuse/restart.h`](srctree/fs/fuse/restart.h)
 
