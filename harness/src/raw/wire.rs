@@ -41,6 +41,7 @@ pub mod op {
     pub const SETLKW: u32 = 33;
     pub const CREATE: u32 = 35;
     pub const INTERRUPT: u32 = 36;
+    pub const BMAP: u32 = 37;
     pub const DESTROY: u32 = 38;
     pub const POLL: u32 = 40;
     pub const NOTIFY_REPLY: u32 = 41;
@@ -91,6 +92,7 @@ pub mod op {
             SETLKW => "SETLKW",
             CREATE => "CREATE",
             INTERRUPT => "INTERRUPT",
+            BMAP => "BMAP",
             DESTROY => "DESTROY",
             POLL => "POLL",
             NOTIFY_REPLY => "NOTIFY_REPLY",

@@ -15,6 +15,7 @@ use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::msg::Message;
 use crate::raw::ops::{self, Done};
+use crate::raw::rare;
 use crate::raw::tree::Answer;
 use crate::raw::wire::{init, op, ROOT};
 
@@ -40,7 +41,7 @@ pub fn scenarios() -> Vec<Scenario> {
         ("mkdir-in", |t| ops::mkdir(&t.dir.join("new"))),
     ];
     // These it does not: a patch of its own at the front of the series.
-    let fixed: [(&str, Try); 12] = [
+    let fixed: [(&str, Try); 13] = [
         ("lseek", |t| ops::seek_data(t.bad, 0).map(drop)),
         ("fallocate", |t| ops::fallocate(t.bad, 0, 100)),
         ("copy-from", |t| {
@@ -58,6 +59,7 @@ pub fn scenarios() -> Vec<Scenario> {
         ("tmpfile", |t| {
             ops::open(&t.dir, OFlag::O_TMPFILE | OFlag::O_RDWR).map(drop)
         }),
+        ("mmap", |t| rare::map_untouched(t.bad).map(drop)),
         ("splice-read", |t| ops::splice_read(t.bad, 10).map(drop)),
         ("poll", |t| match ops::poll_now(t.bad)? & libc::POLLERR {
             0 => Ok(()),
@@ -126,7 +128,7 @@ fn getlk(fd: std::os::fd::RawFd) -> Done<()> {
 }
 
 /// Makes the node bad in the kernel's eyes: the next GETATTR of `path` tells another type.
-fn spoil(kit: &mut Kit<'_>, name: &str) -> Result<()> {
+pub(super) fn spoil(kit: &mut Kit<'_>, name: &str) -> Result<()> {
     let app = kit.on("stat", name, |p| ops::stat(p).map(drop))?;
     let m = kit.until_op(op::GETATTR)?;
     let mut out = kit.tree.attr_out(m.nodeid()).context("the node")?;
@@ -140,11 +142,11 @@ fn spoil(kit: &mut Kit<'_>, name: &str) -> Result<()> {
     Ok(())
 }
 
-fn mounted<'a>(env: &'a Env<'a>) -> Result<Kit<'a>> {
+pub(super) fn mounted<'a>(env: &'a Env<'a>) -> Result<Kit<'a>> {
     mounted_with(env, init::POSIX_LOCKS | init::FLOCK_LOCKS)
 }
 
-fn mounted_with<'a>(env: &'a Env<'a>, flags: u64) -> Result<Kit<'a>> {
+pub(super) fn mounted_with<'a>(env: &'a Env<'a>, flags: u64) -> Result<Kit<'a>> {
     let base = if env.support.series {
         Config::default()
     } else {
@@ -234,7 +236,6 @@ fn give_back(kit: &mut Kit<'_>, fds: &[i32]) -> Result<()> {
 }
 
 fn handle(env: &Env<'_>) -> Result<()> {
-    use crate::raw::rare;
     let mut kit = mounted_with(env, init::EXPORT_SUPPORT)?;
     let mount = open(&mut kit, "", OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
     let named = kit.run_on("name_to_handle_at", "bad", rare::name_to_handle)??;

@@ -46,6 +46,8 @@ enum End {
     AtOnce,
     /// When this recovery has come to its report, and COMMIT was not said.
     Reported,
+    /// When COMMIT was said, and nothing is revoked or sent yet.
+    Released,
     /// When the server serves to which this recovery led.
     Serving,
     /// In a recovery after this one.
@@ -54,9 +56,10 @@ enum End {
     NextServing,
 }
 
-const ENDS: [End; 5] = [
+const ENDS: [End; 6] = [
     End::AtOnce,
     End::Reported,
+    End::Released,
     End::Serving,
     End::NextRecovery,
     End::NextServing,
@@ -73,8 +76,11 @@ fn eviction(env: &Env<'_>, begin: Option<Phase>) -> Result<()> {
     for end in ENDS {
         // Where there is no recovery none goes on, and a refused server does not get to serve.
         let none = match begin {
-            None => matches!(end, End::AtOnce | End::Reported | End::NextServing),
-            Some(Phase::Refused) => matches!(end, End::Reported | End::Serving),
+            None => matches!(
+                end,
+                End::AtOnce | End::Reported | End::Released | End::NextServing
+            ),
+            Some(Phase::Refused) => matches!(end, End::Reported | End::Released | End::Serving),
             // The same as at once.
             Some(Phase::Reported) => end == End::Reported,
             Some(_) => false,
@@ -97,18 +103,27 @@ fn begun(env: &Env<'_>, begin: Option<Phase>, end: End) -> Result<()> {
         End::AtOnce => {
             trap.go();
             ensure!(dropper.finish(kit.patience)?, "drop_caches");
-            go_on(&mut kit, begin, left, || Ok(()))?;
+            go_on(&mut kit, begin, left)?;
         }
         End::Reported => {
-            let patience = kit.patience;
-            go_on(&mut kit, begin, left, || {
-                trap.go();
-                ensure!(dropper.finish(patience)?, "drop_caches");
-                Ok(())
-            })?;
+            let reported = go_to_report(&mut kit, begin, left)?;
+            trap.go();
+            ensure!(dropper.finish(kit.patience)?, "drop_caches");
+            reported.commit(&mut kit)?;
+            kit.wait_serving()?;
+        }
+        End::Released => {
+            let reported = go_to_report(&mut kit, begin, left)?;
+            let release = Trap::arm_beside("release")?;
+            reported.commit(&mut kit)?;
+            release.wait(kit.patience)?;
+            trap.go();
+            ensure!(dropper.finish(kit.patience)?, "drop_caches");
+            release.go();
+            kit.wait_serving()?;
         }
         End::Serving => {
-            go_on(&mut kit, begin, left, || Ok(()))?;
+            go_on(&mut kit, begin, left)?;
             trap.go();
             ensure!(kit.serve(&dropper)?, "drop_caches");
         }
@@ -142,17 +157,37 @@ pub(super) fn evict_all(kit: &mut Kit<'_>) -> Result<()> {
 }
 
 /// Goes on with the recovery that is in `phase`, or with the next one if there is none to go on with, and serves.
-/// `reported` happens before COMMIT.
-fn go_on(
-    kit: &mut Kit<'_>,
-    phase: Option<Phase>,
-    left: Option<Message>,
-    reported: impl FnOnce() -> Result<()>,
-) -> Result<()> {
+fn go_on(kit: &mut Kit<'_>, phase: Option<Phase>, left: Option<Message>) -> Result<()> {
     if matches!(phase, None | Some(Phase::Refused)) {
         kit.recover()?;
         return Ok(());
     }
+    go_to_report(kit, phase, left)?.commit(kit)?;
+    kit.wait_serving()
+}
+
+/// A recovery whose report was read.
+struct Reported {
+    epoch: u32,
+    /// What was shown, if the server's table does not have it yet.
+    shown: Option<Vec<Replay>>,
+}
+
+impl Reported {
+    fn commit(self, kit: &mut Kit<'_>) -> Result<()> {
+        kit.commit_epoch(self.epoch).context("COMMIT was refused")?;
+        if let Some(shown) = &self.shown {
+            kit.tree.adopt(shown);
+        }
+        Ok(())
+    }
+}
+
+fn go_to_report(
+    kit: &mut Kit<'_>,
+    phase: Option<Phase>,
+    left: Option<Message>,
+) -> Result<Reported> {
     // Where everything was shown before the eviction began, the tree has the counts already.
     let all_shown = !matches!(phase, Some(Phase::Said | Phase::Root | Phase::Replay));
     let mut shown = Vec::new();
@@ -190,12 +225,10 @@ fn go_on(
         !kit.readable()?,
         "something can be read between the report and COMMIT"
     );
-    reported()?;
-    kit.commit_epoch(report.epoch)?;
-    if !all_shown {
-        kit.tree.adopt(&shown);
-    }
-    kit.wait_serving()
+    Ok(Reported {
+        epoch: report.epoch,
+        shown: (!all_shown).then_some(shown),
+    })
 }
 
 /// Whatever has a replay in flight is kept by the recovery, so here no eviction can begin.
@@ -210,7 +243,7 @@ fn in_flight(env: &Env<'_>) -> Result<()> {
         !trap.stopped(),
         "an inode is evicted whose replay is in flight"
     );
-    go_on(&mut kit, Some(Phase::Reported), left, || Ok(()))?;
+    go_on(&mut kit, Some(Phase::Reported), left)?;
     // The names are gone, so these are the last references: they are dropped by a worker, once the server serves.
     trap.wait(kit.patience)
         .context("what the recovery had kept was not evicted")?;

@@ -95,7 +95,11 @@ impl Drop for Loop {
     }
 }
 
-fn with_mount(env: &Env<'_>, story: impl FnOnce(&mut Kit<'_>) -> Result<()>) -> Result<()> {
+/// Plays `story` on a `fuseblk` mount with ten files.
+pub(super) fn with_mount(
+    env: &Env<'_>,
+    story: impl FnOnce(&mut Kit<'_>) -> Result<()>,
+) -> Result<()> {
     let device = Loop::new(env)?;
     let mut kit = Kit::granted_with(
         env,

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Killing: whoever waits for a server that is not there can be killed, application or server.
 
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
@@ -19,7 +17,7 @@ use crate::raw::kit::Kit;
 use crate::raw::ops;
 use crate::raw::trap::Trap;
 use crate::raw::wait::wait_for;
-use crate::raw::wire::{notify, op, InvalEntryOut, ROOT, UNIQUE_RESEND};
+use crate::raw::wire::{op, UNIQUE_RESEND};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![
@@ -52,16 +50,6 @@ pub fn scenarios() -> Vec<Scenario> {
             "kill/not-resent",
             "the request of a killed application is not sent again",
             not_resent,
-        ),
-        Scenario::series(
-            "kill/server-in-inval-entry",
-            "a server that waits in INVAL_ENTRY behind a held MKDIR can be killed",
-            inval_entry,
-        ),
-        Scenario::series(
-            "kill/server-in-inval-inode",
-            "a server that waits in INVAL_INODE for a locked page can be killed",
-            inval_inode,
         ),
         Scenario::series(
             "kill/server-reading",
@@ -263,104 +251,10 @@ fn not_resent(env: &Env<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A second process that holds the device and, when told to, writes one notification, as a server's thread does.
-///
-/// It is made before any file is open: a server that inherits an application's descriptor waits for itself when it
-/// dies.
-fn notifier(
-    kit: &Kit<'_>,
-    what: &str,
-    say: impl FnOnce(&crate::raw::dev::Device) -> Result<(), Errno>,
-) -> Result<(Proc, OwnedFd)> {
-    let (go, tell) = nix::unistd::pipe()?;
-    let server = Proc::spawn(what, &[tell.as_raw_fd()], || {
-        let _ = nix::unistd::read(&go, &mut [0]);
-        i32::from(say(&kit.dev).is_err())
-    })?;
-    Ok((server, tell))
-}
-
-/// Lets the notifier speak, and returns when it waits inside the notification.
-fn speak(kit: &Kit<'_>, server: &Proc, tell: OwnedFd) -> Result<()> {
-    let reading = syscall_of(server.tid());
-    drop(tell);
-    wait_for(
-        "the server to sleep in its notification",
-        kit.patience,
-        || {
-            Ok(server.ended()?
-                || (syscall_of(server.tid()) != reading
-                    && matches!(state(server.tid()), Some('S' | 'D'))))
-        },
-    )
-}
-
 /// The number of the system call a sleeping task is in; "running" and the like otherwise.
 pub(super) fn syscall_of(tid: i32) -> String {
     let text = std::fs::read_to_string(format!("/proc/{tid}/syscall")).unwrap_or_default();
     text.split(' ').next().unwrap_or_default().to_owned()
-}
-
-fn inval_entry(env: &Env<'_>) -> Result<()> {
-    let mut kit = populated(env, 3)?;
-    let entry = InvalEntryOut {
-        parent: ROOT,
-        namelen: 2,
-        flags: 0,
-    };
-    let (mut server, tell) = notifier(&kit, "INVAL_ENTRY", move |dev| {
-        dev.notify(notify::INVAL_ENTRY, &entry, b"f0\0")
-    })?;
-    let app = kit.on("mkdir", "d", ops::mkdir)?;
-    let old = kit.until_op(op::MKDIR)?;
-    speak(&kit, &server, tell)?;
-    ensure!(
-        !server.ended()?,
-        "the notification did not wait for the directory's lock"
-    );
-    dies(
-        &kit,
-        &mut server,
-        "in INVAL_ENTRY, behind a MKDIR nobody answers",
-    )?;
-    kit.recover()?;
-    let new = kit.next_request()?;
-    expect_resent(&kit, &old, &new)?;
-    kit.answer(&new)?;
-    ensure!(kit.serve(&app)? == Ok(()), "mkdir");
-    still_serves(&mut kit)
-}
-
-fn inval_inode(env: &Env<'_>) -> Result<()> {
-    let mut kit = populated(env, 3)?;
-    let f0 = kit.tree.child(ROOT, "f0").context("f0")?;
-    let what = crate::raw::wire::InvalInodeOut {
-        ino: f0,
-        off: 0,
-        len: 0,
-    };
-    let (mut server, tell) = notifier(&kit, "INVAL_INODE", move |dev| {
-        dev.notify(notify::INVAL_INODE, &what, &[])
-    })?;
-    // The page under read is locked until the READ is answered.
-    let fd = super::help::open(&mut kit, "f0", OFlag::O_RDONLY)?;
-    let reader = kit.app("read", move || ops::pread(fd, 10, 0))?;
-    let old = kit.until_op(op::READ)?;
-    speak(&kit, &server, tell)?;
-    if server.ended()? {
-        anyhow::bail!("INVAL_INODE did not wait for the page: this scenario shows nothing");
-    }
-    dies(
-        &kit,
-        &mut server,
-        "in INVAL_INODE, waiting for a page under read",
-    )?;
-    kit.recover()?;
-    let new = kit.next_request()?;
-    expect_resent(&kit, &old, &new)?;
-    kit.answer(&new)?;
-    ensure!(kit.serve(&reader)?.is_ok(), "read");
-    still_serves(&mut kit)
 }
 
 fn server_reading(env: &Env<'_>) -> Result<()> {

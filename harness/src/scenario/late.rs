@@ -77,11 +77,13 @@ pub(super) enum When {
     Same(Phase),
     /// In this phase, of a recovery that another RESTARTED ends.
     Again(Phase),
+    /// When the server has committed, and nothing is revoked or sent yet.
+    Release,
     /// When the next server serves.
     Serving,
 }
 
-pub(super) const WHEN: [When; 12] = [
+pub(super) const WHEN: [When; 13] = [
     When::Same(Phase::Said),
     When::Same(Phase::Root),
     When::Same(Phase::Replay),
@@ -93,6 +95,7 @@ pub(super) const WHEN: [When; 12] = [
     When::Again(Phase::Prepared),
     When::Again(Phase::Reported),
     When::Again(Phase::Refused),
+    When::Release,
     When::Serving,
 ];
 
@@ -107,6 +110,7 @@ pub(super) fn consumed_in<T: Send + 'static>(
     let (phase, goes_on) = match when {
         When::Same(phase) => (phase, true),
         When::Again(phase) => (phase, false),
+        When::Release => return consumed_in_release(kit, app, trap),
         When::Serving => {
             kit.recover()?;
             trap.go();
@@ -114,13 +118,7 @@ pub(super) fn consumed_in<T: Send + 'static>(
         }
     };
     let mut under_way = UnderWay::come_to(kit, phase)?;
-    app.wait_asleep(kit.patience)?;
-    let before = app.times_asleep()?;
-    trap.go();
-    // Either it is through, or it waits for what it asked then: that is held.
-    wait_for("the answer to be consumed", kit.patience, || {
-        Ok(app.done() || app.times_asleep()? > before)
-    })?;
+    consume(kit, app, trap)?;
     if goes_on {
         under_way.complete(kit)
     } else {
@@ -128,6 +126,33 @@ pub(super) fn consumed_in<T: Send + 'static>(
         // What was consumed meanwhile must not have done anything.
         kit.recover().map(drop)
     }
+}
+
+/// Lets who has an answer go on with it. Then it is either through, or waits for what it asked then: that is held.
+fn consume<T: Send + 'static>(kit: &Kit<'_>, app: &App<T>, trap: Trap) -> Result<()> {
+    app.wait_asleep(kit.patience)?;
+    let before = app.times_asleep()?;
+    trap.go();
+    wait_for("the answer to be consumed", kit.patience, || {
+        Ok(app.done() || app.times_asleep()? > before)
+    })
+}
+
+fn consumed_in_release<T: Send + 'static>(
+    kit: &mut Kit<'_>,
+    app: &App<T>,
+    trap: Trap,
+) -> Result<()> {
+    kit.restarted()?;
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    let release = Trap::arm_beside("release")?;
+    kit.commit_epoch(recovered.report.epoch)
+        .context("COMMIT was refused")?;
+    kit.tree.adopt(&recovered.replays);
+    release.wait(kit.patience)?;
+    consume(kit, app, trap)?;
+    release.go();
+    kit.wait_serving()
 }
 
 /// A recovery that has come to some phase. The server's table is no guide to what is shown: it has what nobody consumed.

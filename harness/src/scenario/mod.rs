@@ -10,6 +10,7 @@ mod answer;
 mod background;
 mod bad_identity;
 mod bad_inode;
+mod bad_inode_rare;
 mod bad_input;
 mod clones;
 mod counts;
@@ -24,6 +25,7 @@ mod hostile;
 mod interrupts;
 mod kill;
 mod kill_io;
+mod kill_server;
 mod late;
 mod lost;
 mod module;
@@ -44,6 +46,7 @@ mod successor;
 mod survive;
 mod system;
 mod tmpfile;
+mod trace;
 mod transit;
 mod unmount;
 mod unprivileged;
@@ -138,7 +141,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 42] = [
+    let families: [fn() -> Vec<Scenario>; 45] = [
         bad_identity::scenarios,
         bad_input::scenarios,
         replay::scenarios,
@@ -154,6 +157,7 @@ fn table() -> Vec<Scenario> {
         interrupts::scenarios,
         kill::scenarios,
         kill_io::scenarios,
+        kill_server::scenarios,
         fault::scenarios,
         unmount::scenarios,
         fuseblk::scenarios,
@@ -162,6 +166,8 @@ fn table() -> Vec<Scenario> {
         unprivileged::scenarios,
         hostile::scenarios,
         bad_inode::scenarios,
+        bad_inode_rare::scenarios,
+        trace::scenarios,
         revoked::scenarios,
         revoked_held::scenarios,
         revoked_io::scenarios,

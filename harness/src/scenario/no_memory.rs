@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! An allocation fails at the worst moment: the kernel's fault injection (`fail-nth`) fails the n-th one of a task.
+//! An allocation fails at the worst moment: the kernel's fault injection (`fail-nth`) fails the n-th one of a task, and
+//! `fail_sends` of the test kernels those of the engine, which runs in a worker.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +13,7 @@ use super::help::{populated, still_serves};
 use super::Scenario;
 use crate::raw::env::{skip, Env};
 use crate::raw::ops::{self, Done};
-use crate::raw::trap::Trap;
+use crate::raw::trap::{NoMemory, Trap};
 use crate::raw::wire::op;
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -23,7 +24,7 @@ pub fn scenarios() -> Vec<Scenario> {
             ops::close(fd)
         }),
     ];
-    kinds
+    let mut all: Vec<_> = kinds
         .into_iter()
         .map(|(name, opcode, call)| {
             Scenario::series(
@@ -32,7 +33,76 @@ pub fn scenarios() -> Vec<Scenario> {
                 move |env| late(env, opcode, call),
             )
         })
-        .collect()
+        .collect();
+    for place in [Place::Root, Place::Replays, Place::Report] {
+        all.push(Scenario::series(
+            format!("no-memory/{}", place.name()),
+            "the kernel has no memory for what it sends to the new server: it tries again, and leaves nothing out",
+            move |env| sends(env, place),
+        ));
+    }
+    all
+}
+
+/// What there is no memory for.
+#[derive(Clone, Copy)]
+enum Place {
+    Root,
+    Replays,
+    Report,
+}
+
+impl Place {
+    fn name(self) -> &'static str {
+        match self {
+            Place::Root => "root",
+            Place::Replays => "replays",
+            Place::Report => "report",
+        }
+    }
+}
+
+/// More than are sent at a time.
+const INODES: u64 = 101;
+
+fn sends(env: &Env<'_>, place: Place) -> Result<()> {
+    const TIMES: u32 = 5;
+    let mut kit = populated(env, INODES as usize - 1)?;
+    let mut none = None;
+    if matches!(place, Place::Root) {
+        none = Some(NoMemory::for_sends(TIMES)?);
+    }
+    kit.restarted()?;
+    let (mut shown, mut skipped) = (0, None);
+    let recovered = kit.answer_replays(&mut |_, _| {
+        shown += 1;
+        let now = match place {
+            Place::Root => false,
+            Place::Replays => shown == 1,
+            Place::Report => shown == INODES,
+        };
+        if now {
+            match NoMemory::for_sends(TIMES) {
+                Ok(knob) => none = Some(knob),
+                Err(e) => skipped = Some(e),
+            }
+        }
+        None
+    })?;
+    if let Some(e) = skipped {
+        return Err(e);
+    }
+    let left = none.context("nothing failed")?.left()?;
+    ensure!(left == 0, "{left} of {TIMES} requests were never tried");
+    ensure!(
+        recovered.report.replayed == INODES && recovered.replays.len() as u64 == INODES,
+        "{} inodes were shown: {:?}",
+        recovered.replays.len(),
+        recovered.report
+    );
+    kit.commit(&recovered)?;
+    kit.check_counts()?;
+    still_serves(&mut kit)
 }
 
 type Call = fn(&Path) -> Done<()>;

@@ -59,6 +59,11 @@ pub fn scenarios() -> Vec<Scenario> {
         "an inode whose replay was in somebody's hands at the abort does not stay in memory",
         abort_replay_in_transit,
     ));
+    all.push(Scenario::series(
+        "unmount/abort-in-send",
+        "the connection is aborted when the root, a replay or the report is made and not queued",
+        abort_in_send,
+    ));
     all
 }
 
@@ -93,6 +98,37 @@ fn abort_replay_in_transit(env: &Env<'_>) -> Result<()> {
     wait_for("the inode to leave memory", kit.patience, || {
         Ok(inodes()? < least)
     })
+}
+
+fn abort_in_send(env: &Env<'_>) -> Result<()> {
+    const INODES: u64 = 11;
+    for nth in [0, 1, INODES] {
+        let mut kit = populated(env, INODES as usize - 1)?;
+        let old = kit.on("stat", "f0", |p| ops::stat(p).map(drop))?;
+        kit.until_op(op::GETATTR)?;
+        let mut trap = None;
+        if nth == 0 {
+            trap = Some(Trap::arm("send_internal")?);
+        }
+        kit.restarted()?;
+        for shown in 1..=nth {
+            let (m, replay) = kit.next_replay()?;
+            if shown == nth {
+                trap = Some(Trap::arm("send_internal")?);
+            }
+            kit.confirm(&m, &replay)?;
+        }
+        let trap = trap.context("just armed")?;
+        trap.wait(kit.patience)?;
+        // The kernel says nothing about a connection while its worker is stopped.
+        let conn = kit.conn.clone();
+        let abort = kit.app("abort", move || conn.abort().is_ok())?;
+        all_fail(&kit, &[old])?;
+        trap.go();
+        ensure!(abort.finish(kit.patience)?, "abort");
+        kit.conn.wait_state(&["dead"], kit.patience)?;
+    }
+    Ok(())
 }
 
 /// A recovery in `phase` with two applications in it: one whose request was in dead hands, one that came later.

@@ -20,6 +20,8 @@ pub enum Flavor {
     DebugMutants,
     /// `Patched` with fuse as a module (UML cannot load modules with Rust in them).
     Module,
+    /// The same of `Debug`.
+    DebugModule,
 }
 
 impl Flavor {
@@ -33,6 +35,7 @@ impl Flavor {
             Flavor::Mutants => "mutants",
             Flavor::DebugMutants => "debug-mutants",
             Flavor::Module => "module",
+            Flavor::DebugModule => "debug-module",
         }
     }
 
@@ -49,7 +52,7 @@ impl Flavor {
         match self {
             Flavor::Uml | Flavor::UmlStock => &["common", "um", "checks"],
             Flavor::Patched | Flavor::Stock | Flavor::Module => &["common", "x86"],
-            Flavor::Debug => &["common", "x86", "checks", "debug"],
+            Flavor::Debug | Flavor::DebugModule => &["common", "x86", "checks", "debug"],
             Flavor::Mutants => &["common", "um", "checks", "mutants"],
             Flavor::DebugMutants => &["common", "x86", "checks", "debug", "mutants"],
         }
@@ -63,13 +66,13 @@ impl Flavor {
 
     /// Names of `qemu/config/*.config` that win over all others.
     pub fn last_fragment(self) -> Option<&'static str> {
-        (self == Flavor::Module).then_some("module")
+        matches!(self, Flavor::Module | Flavor::DebugModule).then_some("module")
     }
 
     /// Modules that are made and kept beside the kernel.
     pub fn modules(self) -> &'static [&'static str] {
         match self {
-            Flavor::Module => &["fs/fuse/fuse.ko"],
+            Flavor::Module | Flavor::DebugModule => &["fs/fuse/fuse.ko"],
             _ => &[],
         }
     }
@@ -93,7 +96,11 @@ impl Flavor {
             Flavor::UmlStock => Some(Flavor::Uml),
             Flavor::Patched => Some(Flavor::Stock),
             Flavor::Stock => Some(Flavor::Patched),
-            Flavor::Debug | Flavor::Mutants | Flavor::DebugMutants | Flavor::Module => None,
+            Flavor::Debug
+            | Flavor::Mutants
+            | Flavor::DebugMutants
+            | Flavor::Module
+            | Flavor::DebugModule => None,
         }
     }
 
@@ -101,7 +108,7 @@ impl Flavor {
     pub fn donor(self) -> Option<Flavor> {
         match self {
             Flavor::Mutants => Some(Flavor::Uml),
-            Flavor::DebugMutants => Some(Flavor::Debug),
+            Flavor::DebugMutants | Flavor::DebugModule => Some(Flavor::Debug),
             Flavor::Module => Some(Flavor::Patched),
             other => other.sibling(),
         }
@@ -110,7 +117,7 @@ impl Flavor {
     /// Which source tree: see [`super::source::get`].
     pub fn track(self) -> &'static str {
         match self {
-            Flavor::Debug | Flavor::DebugMutants => "-debug",
+            Flavor::Debug | Flavor::DebugMutants | Flavor::DebugModule => "-debug",
             _ => "",
         }
     }
@@ -120,7 +127,7 @@ impl Flavor {
         match self {
             Flavor::Uml | Flavor::UmlStock | Flavor::Mutants => 7,
             Flavor::Patched | Flavor::Stock | Flavor::Module => 9,
-            Flavor::Debug | Flavor::DebugMutants => 14,
+            Flavor::Debug | Flavor::DebugMutants | Flavor::DebugModule => 14,
         }
     }
 }

@@ -59,6 +59,8 @@ enum Guest {
     DebugMutants,
     /// The series as a module, in QEMU
     Module,
+    /// The same with every check of the kernel's
+    DebugModule,
     /// The same kernel without the series
     Stock,
 }
@@ -72,6 +74,7 @@ impl Guest {
             Guest::Debug => "debug",
             Guest::DebugMutants => "debug-mutants",
             Guest::Module => "module",
+            Guest::DebugModule => "debug-module",
             Guest::Stock => "stock",
         }
     }
@@ -85,6 +88,7 @@ impl Guest {
             Guest::Debug => (BackendName::Qemu, KernelName::Debug, "60"),
             Guest::DebugMutants => (BackendName::Qemu, KernelName::Mutants, "60"),
             Guest::Module => (BackendName::Qemu, KernelName::Module, "30"),
+            Guest::DebugModule => (BackendName::Qemu, KernelName::DebugModule, "60"),
             Guest::Stock => (BackendName::Qemu, KernelName::Stock, "30"),
         }
     }

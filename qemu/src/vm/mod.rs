@@ -53,6 +53,8 @@ pub enum KernelName {
     Mutants,
     /// With the series, and fuse as a module that was loaded; QEMU only.
     Module,
+    /// The same with KASAN, lockdep, kmemleak.
+    DebugModule,
 }
 
 #[derive(Clone, Debug)]
@@ -135,7 +137,7 @@ pub fn resolve(
 ) -> Result<(BackendName, Flavor)> {
     use {BackendName::*, KernelName::*};
     let backend = match backend {
-        Auto if icount || matches!(kernel, Debug | Module) => Qemu,
+        Auto if icount || matches!(kernel, Debug | Module | DebugModule) => Qemu,
         Auto => Uml,
         b => b,
     };
@@ -150,8 +152,11 @@ pub fn resolve(
         (Uml, Patched) => Flavor::Uml,
         (Uml, Stock) => Flavor::UmlStock,
         (Uml, Mutants) => Flavor::Mutants,
-        (Uml, Module) => bail!("UML cannot load modules with Rust in them: use --backend qemu"),
+        (Uml, Module | DebugModule) => {
+            bail!("UML cannot load modules with Rust in them: use --backend qemu")
+        }
         (_, Module) => Flavor::Module,
+        (_, DebugModule) => Flavor::DebugModule,
         (_, Patched) => Flavor::Patched,
         (_, Stock) => Flavor::Stock,
         (_, Debug) => Flavor::Debug,
