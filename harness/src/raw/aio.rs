@@ -10,7 +10,10 @@ use nix::errno::Errno;
 
 use super::ops::Done;
 
-/// One read under way; the buffer stays where it is until it ended.
+const PREAD: u16 = 0;
+const PWRITE: u16 = 1;
+
+/// One transfer under way; the buffer stays where it is until it ended.
 pub struct Aio {
     context: u64,
     _control: Box<Control>,
@@ -38,14 +41,24 @@ struct Control {
 impl Aio {
     /// Submits a read of the file's first `len` bytes.
     pub fn read(fd: RawFd, len: usize) -> Done<Aio> {
-        let mut buffer = vec![0u8; len];
+        Aio::submit(fd, PREAD, vec![0u8; len], 0)
+    }
+
+    /// Submits a write.
+    pub fn write(fd: RawFd, bytes: &[u8], offset: i64) -> Done<Aio> {
+        Aio::submit(fd, PWRITE, bytes.to_vec(), offset)
+    }
+
+    fn submit(fd: RawFd, opcode: u16, mut buffer: Vec<u8>, offset: i64) -> Done<Aio> {
         let mut context = 0u64;
         // SAFETY: the kernel fills `context`.
         Errno::result(unsafe { libc::syscall(libc::SYS_io_setup, 1, &mut context) })?;
         let mut control = Box::new(Control {
             fd: fd as u32,
             buf: buffer.as_mut_ptr() as u64,
-            nbytes: len as u64,
+            nbytes: buffer.len() as u64,
+            opcode,
+            offset,
             ..Default::default()
         });
         let list = [&mut *control as *mut Control];

@@ -240,7 +240,7 @@ impl Tree {
         OpenOut {
             fh: nodeid,
             open_flags: self.open_flags,
-            backing_id: 0,
+            backing_id: self.backing_id,
         }
     }
 

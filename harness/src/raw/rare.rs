@@ -124,6 +124,16 @@ pub fn splice_into(fd: RawFd, pipe: RawFd, len: usize) -> Done<usize> {
     Errno::result(n).map(|n| n as usize)
 }
 
+/// `splice` of some bytes, which are in a pipe by then, to the file's beginning.
+pub fn splice_from_pipe(fd: RawFd, bytes: &[u8]) -> Done<usize> {
+    let (read, write) = nix::unistd::pipe()?;
+    nix::unistd::write(&write, bytes)?;
+    let (pipe, mut offset) = (std::os::fd::AsRawFd::as_raw_fd(&read), 0i64);
+    // SAFETY: the offset lives until the call returns.
+    let n = unsafe { libc::splice(pipe, std::ptr::null_mut(), fd, &mut offset, bytes.len(), 0) };
+    Errno::result(n).map(|n| n as usize)
+}
+
 pub fn read(fd: RawFd, len: usize) -> Done<Vec<u8>> {
     let mut buffer = vec![0; len];
     // SAFETY: the pointer and the length are those of the buffer.

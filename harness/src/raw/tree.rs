@@ -39,6 +39,8 @@ pub struct Tree {
     pub attr_valid: u64,
     /// FOPEN_* flags given out by OPEN, CREATE and OPENDIR.
     pub open_flags: u32,
+    /// The backing file of what is opened with `FOPEN_PASSTHROUGH`.
+    pub backing_id: i32,
     /// Whether a missing name is answered with a cacheable negative entry instead of ENOENT.
     pub cache_negative: bool,
     /// Whether OPEN and OPENDIR are answered with ENOSYS: there are no handles.
@@ -78,6 +80,7 @@ impl Default for Tree {
             entry_valid: 3600,
             attr_valid: 3600,
             open_flags: 0,
+            backing_id: 0,
             cache_negative: false,
             no_open: false,
             no_poll: false,

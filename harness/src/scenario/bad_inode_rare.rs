@@ -15,13 +15,13 @@ use super::fuseblk::with_mount;
 use super::help::open;
 use super::Scenario;
 use crate::raw::app::{faults_kill, Proc};
-use crate::raw::env::Env;
-use crate::raw::kit::Kit;
+use crate::raw::env::{skip, Env};
+use crate::raw::kit::{Config, Kit};
 use crate::raw::msg::Message;
 use crate::raw::ops;
 use crate::raw::rare;
 use crate::raw::tree::Answer;
-use crate::raw::wire::{init, op, ROOT};
+use crate::raw::wire::{fopen, init, op, ROOT};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![
@@ -39,6 +39,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "bad-inode/parent",
             "on the way up from a file handle nobody is asked for the parent of a bad directory",
             parent,
+        ),
+        Scenario::series(
+            "bad-inode/passthrough",
+            "splice() of a bad file does not get past the check to its backing file",
+            passthrough,
         ),
     ]
 }
@@ -152,6 +157,77 @@ fn parent(env: &Env<'_>) -> Result<()> {
     ensure!(
         opened == Err(Errno::ESTALE),
         "the handle below a bad directory gave {opened:?}"
+    );
+    Ok(())
+}
+
+/// `struct fuse_backing_map`.
+#[repr(C)]
+struct BackingMap {
+    fd: i32,
+    flags: u32,
+    padding: u64,
+}
+
+/// `FUSE_DEV_IOC_BACKING_OPEN`: the id that OPEN names the backing file by.
+fn backing_open(kit: &Kit<'_>, file: &std::fs::File) -> Result<i32> {
+    let map = BackingMap {
+        fd: file.as_raw_fd(),
+        flags: 0,
+        padding: 0,
+    };
+    const BACKING_OPEN: libc::c_ulong = 0x4010_e501;
+    // SAFETY: the kernel reads the structure, which lives until the call returns.
+    let id = unsafe { libc::ioctl(kit.dev.raw(), BACKING_OPEN as _, &map) };
+    Errno::result(id).context("FUSE_DEV_IOC_BACKING_OPEN")
+}
+
+fn passthrough(env: &Env<'_>) -> Result<()> {
+    const SECRET: &[u8] = b"of the backing file";
+    let base = Config::unsigned();
+    let mut kit = Kit::mount(
+        env,
+        Config {
+            flags: base.flags | init::PASSTHROUGH,
+            max_stack_depth: 1,
+            ..base
+        },
+    )?;
+    if kit.offered & init::PASSTHROUGH == 0 {
+        return skip("this kernel has no FUSE_PASSTHROUGH");
+    }
+    let path = env.scratch.join("backing");
+    std::fs::write(&path, SECRET).context("the backing file")?;
+    let backing = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .context("the backing file")?;
+    kit.tree.file(ROOT, "bad", &[1; 100]);
+    kit.tree.open_flags = fopen::PASSTHROUGH;
+    kit.tree.backing_id = backing_open(&kit, &backing)?;
+    let fd = open(&mut kit, "bad", OFlag::O_RDWR)?;
+    let good = kit.run("pread", move || ops::pread(fd, 100, 0))?;
+    ensure!(
+        good == Ok(SECRET.to_vec()),
+        "there is no passthrough: {good:?}"
+    );
+    spoil(&mut kit, "bad")?;
+    let out = kit.run("splice", move || ops::splice_read(fd, 10))?;
+    ensure!(
+        out == Err(Errno::EIO),
+        "splice from a bad file gave {out:?}"
+    );
+    let into = kit.run("splice", move || rare::splice_from_pipe(fd, b"new"))?;
+    ensure!(
+        into == Err(Errno::EIO),
+        "splice into a bad file gave {into:?}"
+    );
+    let now = std::fs::read(&path).context("the backing file")?;
+    ensure!(
+        now == SECRET,
+        "the backing file says {:?} now",
+        String::from_utf8_lossy(&now)
     );
     Ok(())
 }

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
@@ -41,27 +42,43 @@ pub fn scenarios() -> Vec<Scenario> {
     ]
 }
 
+/// How somebody comes past the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direct {
+    Read,
+    /// It makes the file longer.
+    Write,
+    /// The same by `io_submit(2)`: asynchronous it is only in name, as the file becomes longer.
+    Submit,
+}
+
 /// Reads or writes `f0` past the page cache.
-pub(super) fn direct_io(path: &Path, write: bool) -> i32 {
+pub(super) fn direct_io(path: &Path, how: Direct) -> i32 {
     let Ok(fd) = ops::open(path, OFlag::O_RDWR | OFlag::O_DIRECT) else {
         return 1;
     };
-    // The write makes the file longer, which the kernel does not do asynchronously.
-    i32::from(if write {
-        ops::pwrite(fd, &[7; 4096], 4096).is_err()
-    } else {
-        ops::pread(fd, 4096, 0).is_err()
+    i32::from(match how {
+        Direct::Read => ops::pread(fd, 4096, 0).is_err(),
+        Direct::Write => ops::pwrite(fd, &[7; 4096], 4096).is_err(),
+        Direct::Submit => match Aio::write(fd, &[7; 4096], 4096) {
+            // A kernel without asynchronous I/O.
+            Err(Errno::ENOSYS) => ops::pwrite(fd, &[7; 4096], 4096).is_err(),
+            other => other.is_err(),
+        },
     })
 }
 
 fn direct(env: &Env<'_>) -> Result<()> {
-    for write in [false, true] {
+    for how in [Direct::Read, Direct::Write, Direct::Submit] {
         for read in [false, true] {
             let mut kit = Kit::granted_with(env, Config::with(init::ASYNC_DIO))?;
             populate(&mut kit, 3)?;
-            let opcode = if write { op::WRITE } else { op::READ };
+            let opcode = match how {
+                Direct::Read => op::READ,
+                Direct::Write | Direct::Submit => op::WRITE,
+            };
             let path = kit.path("f0");
-            let mut app = Proc::spawn("O_DIRECT", &[kit.dev.raw()], || direct_io(&path, write))?;
+            let mut app = Proc::spawn("O_DIRECT", &[kit.dev.raw()], || direct_io(&path, how))?;
             let open = kit.until_op(op::OPEN)?;
             kit.answer(&open)?;
             let when = format!("in an O_DIRECT {}", op::name(opcode));

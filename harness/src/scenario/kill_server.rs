@@ -19,6 +19,9 @@ use crate::raw::ops::{self, Done};
 use crate::raw::wait::wait_for;
 use crate::raw::wire::{init, notify, op, DeleteOut, InvalEntryOut, InvalInodeOut, StoreOut, ROOT};
 
+/// `None`: there is none, as the request is sent by the notification itself.
+type Application = Option<App<Done<()>>>;
+
 /// A notification, what an application does that it then waits for, and which request that is.
 struct Row {
     name: &'static str,
@@ -26,8 +29,7 @@ struct Row {
     flags: u64,
     /// It is told the nodeid of `f0`.
     say: fn(&Device, u64) -> Done<()>,
-    /// `None`: the request is sent by the notification itself.
-    application: fn(&mut Kit<'_>) -> Result<Option<App<Done<()>>>>,
+    application: fn(&mut Kit<'_>) -> Result<Application>,
     opcode: u32,
 }
 
@@ -130,7 +132,7 @@ fn say_inval_inode(dev: &Device, nodeid: u64) -> Done<()> {
 }
 
 /// The page under read is locked until the READ is answered.
-fn read_f0(kit: &mut Kit<'_>) -> Result<Option<App<Done<()>>>> {
+fn read_f0(kit: &mut Kit<'_>) -> Result<Application> {
     let fd = open(kit, "f0", OFlag::O_RDONLY)?;
     let read = move || ops::pread(fd, 10, 0).map(drop);
     kit.app("read", read).map(Some)

@@ -13,7 +13,7 @@ use nix::sys::signal::{sigaction, SaFlags, SigAction, SigHandler, SigSet, Signal
 
 use super::help::{populate, populated, still_serves};
 use super::kill::{dies, grace, mkdir_process};
-use super::kill_io::direct_io;
+use super::kill_io::{direct_io, Direct};
 use super::Scenario;
 use crate::raw::app::{state, Proc};
 use crate::raw::dev::poll_one;
@@ -382,7 +382,7 @@ fn waiters(kit: &mut Kit<'_>) -> Result<Vec<Proc>> {
     // Who reads past the page cache waits elsewhere.
     let path = kit.path("f0");
     all.push(Proc::spawn("O_DIRECT", &[kit.dev.raw()], move || {
-        direct_io(&path, false)
+        direct_io(&path, Direct::Read)
     })?);
     let open = kit.until_op(op::OPEN)?;
     kit.answer(&open)?;
