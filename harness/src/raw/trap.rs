@@ -112,3 +112,8 @@ pub fn release() {
     }
     drop(NoMemory);
 }
+
+/// Has the inodes of what is read and written here in memory, for whoever counts inodes.
+pub fn touch() {
+    let _ = fs::read_to_string(PATH);
+}

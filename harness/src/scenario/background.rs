@@ -6,6 +6,7 @@ use nix::fcntl::OFlag;
 
 use super::help::{expect_resent, open, still_serves};
 use super::Scenario;
+use crate::raw::dev::MAX_WRITE;
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::msg::Message;
@@ -285,6 +286,8 @@ fn writeback_revoked(env: &Env<'_>) -> Result<()> {
 }
 
 /// WRITEs are not kept from being made by full slots, so that most of them wait behind the two.
+///
+/// All of them are made before RELEASE: what is made later is tested when the server reads it, which this one does not.
 fn writeback_revoked_unread(env: &Env<'_>) -> Result<()> {
     let mut kit = narrow(env, init::WRITEBACK_CACHE)?;
     let big = kit.tree.child(ROOT, "big").context("big")?;
@@ -293,6 +296,9 @@ fn writeback_revoked_unread(env: &Env<'_>) -> Result<()> {
     ensure!(wrote == Ok(1 << 20), "the write gave {wrote:?}");
     let sync = kit.app("fsync", move || ops::fsync(fd))?;
     kit.until_op(op::WRITE)?;
+    let writes = (1u64 << 20).div_ceil(u64::from(MAX_WRITE));
+    kit.conn.wait_waiting(writes, kit.patience)?;
+    sync.wait_asleep(kit.patience)?;
     kit.recover_with(&mut |_, r| (r.nodeid == big).then_some(Answer::Err(libc::ESTALE)))?;
     let result = sync
         .finish(kit.patience)

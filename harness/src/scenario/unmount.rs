@@ -15,7 +15,7 @@ use crate::raw::dev::Read1;
 use crate::raw::env::Env;
 use crate::raw::kit::Kit;
 use crate::raw::ops::{self, Done};
-use crate::raw::trap::Trap;
+use crate::raw::trap::{self, Trap};
 use crate::raw::wait::wait_for;
 use crate::raw::wire::op;
 
@@ -70,6 +70,7 @@ pub fn scenarios() -> Vec<Scenario> {
 /// Inodes in memory, of all file systems, and nothing among them that the kernel could do without.
 fn inodes() -> Result<i64> {
     fs::write("/proc/sys/vm/drop_caches", "2").context("drop_caches")?;
+    trap::touch();
     let numbers = fs::read_to_string("/proc/sys/fs/inode-nr").context("inode-nr")?;
     let first = numbers.split_whitespace().next().context("inode-nr")?;
     first.parse().context("inode-nr")
