@@ -155,7 +155,8 @@ fn permission(env: &Env<'_>) -> Result<()> {
 }
 
 /// The file became shorter while there was no server.
-/// Twenty times: who reads may also be told the new size in another way (two times of three), it depends on who runs when.
+/// Twenty times: who reads may also be told the new size in another way, it depends on who runs when, and five were
+/// not always enough to notice the mutant.
 fn short_read(env: &Env<'_>, off: u64) -> Result<()> {
     (0..20).try_for_each(|_| short_read_once(env, off))
 }
