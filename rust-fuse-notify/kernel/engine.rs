@@ -187,6 +187,7 @@ impl Engine {
         // Only the report's next use asks whether it has landed.
         let _ = state.report.take();
 
+        let mut late = false;
         for index in 0..SLOTS {
             let Some((error, attr)) = state.slots[index].take() else {
                 continue;
@@ -196,12 +197,17 @@ impl Engine {
                 continue;
             };
             let over = !state.machine.is_current(sent.epoch) || !self.restart.is_connected();
+            late |= over;
             let answer = match error {
                 _ if over => Answer::Over,
                 0 => Answer::Attr(shown(&attr)),
                 _ => Answer::Error,
             };
             self.apply(state, sent, answer, &attr);
+        }
+        // The teardown may be over, and what has landed since have had a last reference.
+        if late && state.machine.phase() == Phase::Serving {
+            self.restart.teardown();
         }
     }
 

@@ -11,6 +11,7 @@ use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::msg::Message;
 use crate::raw::ops;
+use crate::raw::trap::Trap;
 use crate::raw::tree::Answer;
 use crate::raw::wire::{init, op, ROOT};
 
@@ -50,6 +51,21 @@ pub fn scenarios() -> Vec<Scenario> {
             "background/writeback-revoked-unread",
             "the same for dirty pages whose WRITEs wait for a background slot",
             writeback_revoked_unread,
+        ),
+        Scenario::series(
+            "background/write-made-late-unread",
+            "the same for dirty pages whose WRITE is made when all is over",
+            write_made_late,
+        ),
+        Scenario::series(
+            "background/read-made-late-unread",
+            "the same for a READ in the background",
+            read_made_late,
+        ),
+        Scenario::series(
+            "background/stat-made-late-unread",
+            "the same for a request that its caller waits for",
+            stat_made_late,
         ),
         Scenario::series(
             "background/abort",
@@ -308,6 +324,54 @@ fn writeback_revoked_unread(env: &Env<'_>) -> Result<()> {
     no_request_names(&mut kit, big, || true)?;
     kit.check_counts()?;
     still_serves(&mut kit)
+}
+
+/// `app` stops at the trap, with its request not queued; its file is revoked, and nothing is read after COMMIT.
+fn made_late<T: Send + 'static + std::fmt::Debug>(
+    kit: &mut Kit<'_>,
+    trap: &'static str,
+    what: &str,
+    app: impl FnOnce() -> ops::Done<T> + Send + 'static,
+) -> Result<()> {
+    let big = kit.tree.child(ROOT, "big").context("big")?;
+    let trap = Trap::arm(trap)?;
+    let app = kit.app(what, app)?;
+    trap.wait(kit.patience)?;
+    kit.recover_with(&mut |_, r| (r.nodeid == big).then_some(Answer::Err(libc::ESTALE)))?;
+    kit.wait_serving()?;
+    trap.go();
+    let result = app
+        .finish(kit.patience)
+        .with_context(|| format!("{what} waits for a server that was not asked"))?;
+    super::help::expect_errno(what, result, nix::errno::Errno::EIO)?;
+    kit.conn.wait_waiting(0, kit.patience)?;
+    no_request_names(kit, big, || true)?;
+    kit.check_counts()?;
+    still_serves(kit)
+}
+
+fn write_made_late(env: &Env<'_>) -> Result<()> {
+    let mut kit = narrow(env, init::WRITEBACK_CACHE)?;
+    let fd = open(&mut kit, "big", OFlag::O_RDWR)?;
+    let wrote = kit.run("write", move || ops::pwrite(fd, &[7; 4096], 0))?;
+    ensure!(wrote == Ok(4096), "the write gave {wrote:?}");
+    made_late(&mut kit, "queue_writes", "fsync", move || ops::fsync(fd))
+}
+
+fn read_made_late(env: &Env<'_>) -> Result<()> {
+    let mut kit = narrow(env, init::ASYNC_READ)?;
+    let fd = open(&mut kit, "big", OFlag::O_RDONLY)?;
+    made_late(&mut kit, "queue_bg", "read", move || {
+        ops::pread(fd, 100_000, 0).map(|bytes| bytes.len())
+    })
+}
+
+fn stat_made_late(env: &Env<'_>) -> Result<()> {
+    let mut kit = narrow(env, 0)?;
+    let fd = open(&mut kit, "big", OFlag::O_RDONLY)?;
+    made_late(&mut kit, "queue_req", "fstat", move || {
+        ops::fstat(fd).map(drop)
+    })
 }
 
 /// Serves; nothing that is delivered may name the revoked node, but what tidies up.

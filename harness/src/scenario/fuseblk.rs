@@ -18,6 +18,7 @@ use crate::raw::dev::Read1;
 use crate::raw::env::{skip, Env};
 use crate::raw::kit::{Config, Kit};
 use crate::raw::ops::Done;
+use crate::raw::trap::Trap;
 use crate::raw::wire::{op, RestartedOut, COOKIE_BIT, RESTARTED_COMMIT};
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -32,6 +33,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "fuseblk/destroy-read",
             "umount that waits for DESTROY in dead hands goes on when somebody says RESTARTED, which fails",
             |env| with_mount(env, destroy_read),
+        ),
+        Scenario::series(
+            "fuseblk/init-late",
+            "the same if its server answers INIT only when the unmount has begun",
+            init_late,
         ),
     ];
     let kinds: [(&str, &'static str, Story); 2] = [
@@ -172,6 +178,29 @@ fn destroy_read(kit: &mut Kit<'_>) -> Result<()> {
         "RESTARTED during umount gives {said:?}"
     );
     ended(kit, &app)
+}
+
+fn init_late(env: &Env<'_>) -> Result<()> {
+    let device = Loop::new(env)?;
+    let config = Config {
+        device: Some(device.0.clone()),
+        answer_init: false,
+        ..Config::default()
+    };
+    let mut kit = Kit::mount(env, config)?;
+    let init = kit.read_init()?;
+    let trap = Trap::arm("unmount")?;
+    let app = umount(&mut kit, MntFlags::empty())?;
+    trap.wait(kit.patience)?;
+    kit.answer_init(&init)?;
+    trap.go();
+    kit.until_op(op::DESTROY)?;
+    let said = kit.restarted_as(kit.config.identity);
+    ensure!(
+        said == Err(Errno::EINVAL),
+        "RESTARTED during umount gives {said:?}"
+    );
+    ended(&mut kit, &app)
 }
 
 fn plain(kit: &mut Kit<'_>, phase: Phase) -> Result<()> {

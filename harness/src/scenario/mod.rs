@@ -27,6 +27,7 @@ mod kill;
 mod kill_io;
 mod kill_server;
 mod late;
+mod late_reused;
 mod lost;
 mod module;
 mod no_memory;
@@ -141,7 +142,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 45] = [
+    let families: [fn() -> Vec<Scenario>; 46] = [
         bad_identity::scenarios,
         bad_input::scenarios,
         replay::scenarios,
@@ -179,6 +180,7 @@ fn table() -> Vec<Scenario> {
         successor::scenarios,
         answer::scenarios,
         late::scenarios,
+        late_reused::scenarios,
         evictions::scenarios,
         patience::scenarios,
         windows::scenarios,

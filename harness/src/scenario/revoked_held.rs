@@ -46,6 +46,11 @@ pub fn scenarios() -> Vec<Scenario> {
             same_generation,
         ),
         Scenario::series(
+            "revoked/looked-up-meanwhile",
+            "also for a name that was being looked up when its old inode was revoked",
+            looked_up_meanwhile,
+        ),
+        Scenario::series(
             "revoked/handle",
             "a file handle of a revoked inode is stale, one of its successor is good",
             handle,
@@ -300,6 +305,35 @@ fn handle(env: &Env<'_>) -> Result<()> {
         read == Ok(b"successor".to_vec()),
         "by handle it reads {read:?}"
     );
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+fn looked_up_meanwhile(env: &Env<'_>) -> Result<()> {
+    let mut kit = Kit::granted(env)?;
+    kit.tree.entry_valid = 0;
+    super::help::populate(&mut kit, 1)?;
+    let old = open(&mut kit, "f0", OFlag::O_RDONLY)?;
+    kit.settle()?;
+    let victim = node(&kit, "f0")?;
+    kit.restarted()?;
+    let app = kit.on("read", "f0", ops::read_file)?;
+    app.wait_asleep(kit.patience)?;
+    let recovered =
+        kit.recover_with(&mut |_, r| (r.nodeid == victim).then_some(Answer::Err(libc::ENOMEM)))?;
+    ensure!(
+        (recovered.report.revoked, recovered.report.held) == (1, 1),
+        "{:?}",
+        recovered.report
+    );
+    let read = kit.serve(&app)?;
+    ensure!(
+        read == Ok(b"content of 0".to_vec()),
+        "what was looked up meanwhile reads {read:?}"
+    );
+    let read = kit.run("pread", move || ops::pread(old, 10, 0))?;
+    expect_errno("the old descriptor", read, Errno::EIO)?;
+    kit.run("close", move || ops::close(old))?.ok();
     kit.check_counts()?;
     still_serves(&mut kit)
 }
