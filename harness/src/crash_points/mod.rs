@@ -41,8 +41,8 @@
 //!
 //! # Poison
 //!
-//! With `FUSE_RESTART_POISON=DIR` the server dies whenever it is asked for a name that begins with `poison-crash`, and
-//! one that begins with `poison-hang` is never answered. If `DIR/hang-replay` exists, a replay removes it and is never
+//! With `FUSE_RESTART_POISON=DIR` the server dies whenever it is asked for a name that begins with `poison-crash`, after
+//! a while if it begins with `poison-late`, and one that begins with `poison-hang` is never answered. If `DIR/hang-replay` exists, a replay removes it and is never
 //! answered. See [`poison`].
 
 mod poison;

@@ -17,6 +17,9 @@ mod switched {
     use std::path::Path;
     use std::sync::LazyLock;
 
+    /// Longer than a suspect has at first, see `rust_fuse_notify::std::state::Flights`.
+    const LATE: std::time::Duration = std::time::Duration::from_millis(1500);
+
     static DIR: LazyLock<Option<std::ffi::OsString>> =
         LazyLock::new(|| std::env::var_os("FUSE_RESTART_POISON"));
 
@@ -24,7 +27,11 @@ mod switched {
         if DIR.is_none() {
             return;
         }
-        if name.as_bytes().starts_with(b"poison-crash") {
+        let late = name.as_bytes().starts_with(b"poison-late");
+        if late {
+            std::thread::sleep(LATE);
+        }
+        if late || name.as_bytes().starts_with(b"poison-crash") {
             let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
         }
         if name.as_bytes().starts_with(b"poison-hang") {

@@ -6,8 +6,9 @@
 //! * while the kernel recovers, a hang is a recovery that comes no further (`recovery`: state, epoch, replayed);
 //! * a server that marks its requests (`rust_fuse_notify::std::state::Flights`) hangs if one is being executed at every
 //!   look, and the number of answers stays the same. `SETLKW` and `POLL` may wait for applications and do not count;
-//! * of any other server only this is known: `waiting` was never zero, and the process made no read or write. Whoever
-//!   polls, logs or spins is taken for alive, and a request that waits for an application counts.
+//! * if nothing is marked (all its threads are in a FORGET, say), and of any other server, only this is known: `waiting`
+//!   was never zero, and the process made no read or write. Whoever polls, logs or spins is taken for alive, and a
+//!   request that waits for an application counts.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -15,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
-use rust_fuse_notify::std::state::{self, InFlight};
+use rust_fuse_notify::std::state::{self, InFlight, Pulse};
 
 use crate::fusectl::{self, Recovery};
 
@@ -102,7 +103,13 @@ pub fn look(server: Pid, connection: u32, memfd: &OwnedFd) -> Look {
             recovering: true,
         };
     }
-    if pulse.watched {
+    let waiting = fusectl::waiting(connection).unwrap_or(0);
+    serving(pulse, waiting, || calls(server))
+}
+
+/// A look at a server that does not recover.
+fn serving(pulse: Pulse, waiting: u64, calls: impl Fn() -> Option<[u64; 2]>) -> Look {
+    if !pulse.in_hands.is_empty() || pulse.may_wait > 0 {
         return Look {
             busy: !pulse.in_hands.is_empty(),
             progress: vec![2, pulse.answered],
@@ -110,9 +117,8 @@ pub fn look(server: Pid, connection: u32, memfd: &OwnedFd) -> Look {
             recovering: false,
         };
     }
-    let waiting = fusectl::waiting(connection).unwrap_or(0);
-    let mut progress = vec![3];
-    let calls = calls(server);
+    let mut progress = vec![3, pulse.answered];
+    let calls = calls();
     progress.extend(calls.unwrap_or_default());
     Look {
         busy: waiting > 0 && calls.is_some(),
@@ -209,6 +215,34 @@ mod tests {
         };
         assert_eq!(found((0..100).map(idle_now_and_then)), None);
         assert_eq!(found((0..100).map(|_| Look::default())), None);
+    }
+
+    #[test]
+    fn a_server_with_nothing_marked_hangs_if_requests_wait_and_it_reads_none() {
+        let marked = |in_hands: usize, may_wait| Pulse {
+            watched: true,
+            answered: 7,
+            in_hands: vec![InFlight::default(); in_hands],
+            may_wait,
+            ..Pulse::default()
+        };
+        // In hands, that may wait for an application, waiting in the kernel: a hang?
+        for (in_hands, may_wait, waiting, hangs) in [
+            (0, 0, 0, false),
+            (0, 0, 1, true), // its thread is in a FORGET
+            (0, 1, 1, false),
+            (0, 1, 2, false), // all threads may wait for a lock
+            (1, 0, 1, true),
+            (1, 1, 2, true),
+        ] {
+            let look = |_| serving(marked(in_hands, may_wait), waiting, || Some([5, 5]));
+            let hung = found((0..20).map(look)).is_some();
+            assert_eq!(hung, hangs, "{in_hands} {may_wait} {waiting}");
+        }
+        let reads = |n| serving(marked(0, 0), 1, || Some([n, 5]));
+        assert_eq!(found((0..100).map(reads)), None);
+        let gone = |_| serving(marked(0, 0), 1, || None);
+        assert_eq!(found((0..100).map(gone)), None);
     }
 
     #[test]

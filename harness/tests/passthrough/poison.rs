@@ -113,6 +113,21 @@ fn the_server_in_memory_is_guarded_like_that_as_well() {
 }
 
 #[test]
+fn a_request_that_takes_its_time_to_kill_the_server_gets_eio_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(served) = served(dir.path(), &["--max-tries", "2"]) else {
+        return;
+    };
+    let name = served.mnt().join("poison-late");
+    let error = beside_four_others(&served, || fs::metadata(name).unwrap_err());
+    assert!(is_eio(&error), "{error}");
+    // At first the others are let in after a second, and the death tells nothing.
+    let starts = served.starts();
+    assert!((4..=8).contains(&starts), "{starts} starts");
+    served.unmount();
+}
+
+#[test]
 fn two_requests_that_kill_the_server_cost_eio_each() {
     let dir = tempfile::tempdir().unwrap();
     let Some(served) = served(dir.path(), &["--max-tries", "2"]) else {

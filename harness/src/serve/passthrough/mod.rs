@@ -151,9 +151,9 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         .with_context(|| format!("cannot serve {shown}"))?;
     let first = state.nodes().is_empty();
 
-    stop::on_term(wire::duplicate(inherited.device.as_fd())?)?;
-    let device = Device::new(wire::duplicate(inherited.device.as_fd())?, args.clone_fd);
     let state = Arc::new(state);
+    stop::on_term(wire::duplicate(inherited.device.as_fd())?, state.clone())?;
+    let device = Device::new(wire::duplicate(inherited.device.as_fd())?, args.clone_fd);
     let opts = Options {
         writeback: args.writeback,
         timeout: Duration::from_secs_f64(args.timeout),

@@ -5,18 +5,20 @@
 //! unmounted, when the server is about to remove what it left in the backing.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{raise, SigSet, Signal};
+use rust_fuse_notify::std::state::State;
 
 /// How long the clean-up after an unmount may take once SIGTERM has come. Whoever sends it has a limit of its own, which
 /// is shorter, and sees what a machine is busy with; the crash matrix found 5 s to be too short on one that was.
 const FINISH: Duration = Duration::from_secs(60);
 
 /// Call it before other threads are made: they must not take the signal.
-pub fn on_term(device: OwnedFd) -> anyhow::Result<()> {
+pub fn on_term(device: OwnedFd, state: Arc<State>) -> anyhow::Result<()> {
     let mut term = SigSet::empty();
     term.add(Signal::SIGTERM);
     term.thread_block().context("cannot block SIGTERM")?;
@@ -27,6 +29,8 @@ pub fn on_term(device: OwnedFd) -> anyhow::Result<()> {
                 if unmounted(&device) {
                     std::thread::sleep(FINISH); // the end of main() ends this thread as well
                 }
+                // What it has in its hands is not what it died of.
+                state.flights().leave();
                 // As if the signal had not been caught: whoever sent it sees what it expects.
                 let _ = term.thread_unblock();
                 let _ = raise(Signal::SIGTERM);

@@ -22,7 +22,7 @@ use crate::std::wire::{is_resent, original_id};
 
 /// Slots; a request that finds none is executed without a mark.
 pub(super) const CAPACITY: usize = 256;
-const SLOT_LEN: usize = 64;
+pub(super) const SLOT_LEN: usize = 64;
 
 // Offsets in a slot.
 /// Original id; 0: the slot is free.
@@ -39,7 +39,7 @@ const ANSWERED: usize = 40;
 
 /// It was being executed when a keeper found that nothing was answered any more.
 pub(super) const HUNG: u64 = 1 << 32;
-/// It ran alone for long and nothing happened: others go first.
+/// It ran alone for long and nothing happened: others go first. How often stands above the flags, see [`super::trial`].
 pub(super) const SLOW: u64 = 1 << 33;
 
 const FREE: u8 = 0;
@@ -188,6 +188,11 @@ impl Flights {
         self.region.publish(at(slot) + TRIALS, value);
     }
 
+    pub(super) fn may_wait(&self, slot: usize) -> bool {
+        let opcode = (self.region.load(at(slot) + WHAT) >> 32) as u32;
+        WAITS.contains(&opcode)
+    }
+
     /// The slot is nobody's any more.
     pub(super) fn clear(&self, slot: usize) {
         self.region.publish(at(slot) + ID, 0);
@@ -238,8 +243,8 @@ impl Drop for Flight<'_> {
         // Before the slot is another's.
         match self.kind {
             Kind::Plain | Kind::Refused => {}
-            Kind::Gated => flights.leave(None),
-            Kind::Trial => flights.leave(self.slot),
+            Kind::Gated => flights.answered(None),
+            Kind::Trial => flights.answered(self.slot),
         }
         if let Some(slot) = self.slot {
             let answered = flights.region.load(at(slot) + ANSWERED);
@@ -263,6 +268,8 @@ pub struct Pulse {
     pub refused: u64,
     /// What is being executed, but for what may wait for an application (`SETLKW`, `POLL`).
     pub in_hands: Vec<InFlight>,
+    /// How many of the latter are being executed.
+    pub may_wait: usize,
 }
 
 /// Reads the marks of a memfd that another process uses; an empty one has none.
@@ -293,8 +300,10 @@ pub fn pulse(fd: BorrowedFd<'_>) -> Result<Pulse, StateError> {
             pid: what as u32,
         };
         let running = flight.unique != 0 && word(slot, RUNNING) != 0;
-        if running && !WAITS.contains(&flight.opcode) {
-            pulse.in_hands.push(flight);
+        match WAITS.contains(&flight.opcode) {
+            _ if !running => {}
+            true => pulse.may_wait += 1,
+            false => pulse.in_hands.push(flight),
         }
     }
     Ok(pulse)

@@ -4,8 +4,12 @@
 use std::mem::forget;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{channel, RecvTimeoutError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::sys::uio::{pread, pwrite};
+
+use super::flights::{CAPACITY, SLOT_LEN};
+use super::header::FLIGHTS_AT;
 use super::tests::{open, report};
 use super::*;
 use crate::std::wire::FUSE_UNIQUE_RESEND;
@@ -134,22 +138,125 @@ fn nothing_runs_beside_a_suspect_for_a_while() {
     ));
 }
 
+/// One more instance, which dies `after` it has begun with request 10 again; whether that was refused instead.
+fn killed_after(fd: &OwnedFd, after: Duration) -> bool {
+    let state = open(fd).unwrap();
+    let flight = state.flights().enter(resent(10));
+    if flight.is_refused() {
+        return true;
+    }
+    let (mut slots, began) = (vec![0; CAPACITY * SLOT_LEN], Instant::now());
+    std::thread::scope(|scope| {
+        let (say, said) = channel();
+        let state = &state;
+        // Somebody else wants in, and is let in if it takes too long.
+        scope.spawn(move || {
+            let entered = state.flights().enter(request(20));
+            let _ = say.send(());
+            drop(entered);
+        });
+        let _ = said.recv_timeout(after);
+        std::thread::sleep(after.saturating_sub(began.elapsed()));
+        pread(fd, &mut slots, FLIGHTS_AT as i64).unwrap();
+        drop(flight);
+    });
+    drop(state);
+    // What the dead leave is what was there at that moment.
+    pwrite(fd, &slots, FLIGHTS_AT as i64).unwrap();
+    false
+}
+
 #[test]
-fn who_was_not_alone_is_not_blamed_and_comes_last() {
+fn who_was_not_alone_is_not_blamed() {
     let fd = memfd();
     dies_with(&fd, &[10, 12]);
-    for _ in 0..5 {
+    // Longer than it has, each time.
+    for secs in [2, 3, 6] {
+        assert!(!killed_after(&fd, Duration::from_secs(secs)));
+    }
+    let state = open(&fd).unwrap();
+    assert!(!state.flights().enter(resent(10)).is_refused());
+}
+
+#[test]
+fn who_takes_more_than_a_second_to_kill_is_found_out() {
+    let fd = memfd();
+    dies_with(&fd, &[10]);
+    let deaths = (0..10).position(|_| killed_after(&fd, Duration::from_millis(1500)));
+    // Disturbed once, and then alone for as many deaths as any other.
+    assert_eq!(deaths, Some(1 + DEFAULT_MAX_TRIES as usize));
+}
+
+#[test]
+fn a_slow_one_that_hangs_later_is_found_out() {
+    let fd = memfd();
+    dies_with(&fd, &[10]);
+    let short = Duration::from_millis(1200);
+    assert!(!killed_after(&fd, short));
+    for _ in 0..DEFAULT_MAX_TRIES {
+        blame(fd.as_fd(), &[request(10)]).unwrap();
+        assert!(!killed_after(&fd, short));
+    }
+    assert!(killed_after(&fd, short));
+}
+
+#[test]
+fn what_may_wait_for_an_application_keeps_nobody_waiting_for_long() {
+    let fd = memfd();
+    let waits = |id| InFlight {
+        opcode: 33,
+        ..request(id)
+    };
+    let state = open(&fd).unwrap();
+    forget(state.flights().enter(waits(10)));
+    drop(state);
+    for _ in 0..4 {
         let state = open(&fd).unwrap();
-        let flight = state.flights().enter(resent(10));
-        assert!(!flight.is_refused());
-        // Lets itself in after a second, and then the instance dies.
-        assert!(admitted_while(
-            None,
-            &state,
-            request(20),
-            Duration::from_secs(20)
-        ));
+        let flight = state.flights().enter(waits(10 | FUSE_UNIQUE_RESEND));
+        let wait = Duration::from_millis(1900);
+        assert!(admitted_while(None, &state, request(20), wait));
         forget(flight);
+    }
+}
+
+#[test]
+fn the_one_that_was_disturbed_less_often_comes_first() {
+    let fd = memfd();
+    dies_with(&fd, &[10, 12]);
+    assert!(!killed_after(&fd, Duration::from_secs(2)));
+    let state = open(&fd).unwrap();
+    std::thread::scope(|scope| {
+        let (say, said) = channel();
+        for (id, wait) in [(10, 0), (12, 200)] {
+            let (state, say) = (&state, say.clone());
+            scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(wait));
+                let flight = state.flights().enter(resent(id));
+                say.send(id).unwrap();
+                drop(flight);
+            });
+        }
+        let order: Vec<_> = said.iter().take(2).collect();
+        assert_eq!(order, [12, 10]);
+    });
+}
+
+#[test]
+fn who_is_ended_on_purpose_died_of_nothing() {
+    let fd = memfd();
+    dies_with(&fd, &[10]);
+    for _ in 0..2 * DEFAULT_MAX_TRIES {
+        // Before it is tried, and while it is.
+        for before in [true, false] {
+            let state = open(&fd).unwrap();
+            if before {
+                state.flights().leave();
+            }
+            let flight = state.flights().enter(resent(10));
+            assert!(!flight.is_refused());
+            state.flights().leave();
+            forget(flight);
+        }
     }
 }
 
@@ -180,7 +287,8 @@ fn a_wait_for_an_application_is_no_sign_of_a_hang() {
             ..request(10)
         };
         let _flight = state.flights().enter(waits);
-        assert_eq!(pulse(fd.as_fd()).unwrap().in_hands, []);
+        let seen = pulse(fd.as_fd()).unwrap();
+        assert_eq!((seen.in_hands.len(), seen.may_wait), (0, 1));
     }
 }
 

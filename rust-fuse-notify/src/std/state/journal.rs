@@ -202,6 +202,7 @@ impl Journal {
         if id == 0 {
             return Err(JournalError::NoId);
         }
+        self.saw_request(unique);
         // The id of a request that was never sent before is new.
         let may_be_known =
             unique & FUSE_UNIQUE_RESEND != 0 || self.left.load(Ordering::Acquire) != 0;
@@ -239,6 +240,7 @@ impl Journal {
     /// the outcome `EIO`: it may have been executed or not.
     pub fn lookup(&self, unique: u64) -> Option<Recorded> {
         let id = original_id(unique);
+        self.saw_request(unique);
         let found = self.find(id).and_then(|slot| self.recorded(id, slot));
         if found.is_none() && self.is_lost(unique) {
             return Some(Recorded::Outcome(Err(libc::EIO)));
@@ -250,6 +252,15 @@ impl Journal {
     fn is_lost(&self, unique: u64) -> bool {
         unique & FUSE_UNIQUE_RESEND != 0
             && original_id(unique) < self.region.load(DISCARDED_BELOW_AT)
+    }
+
+    /// On a kernel that replays nothing the first request that is new tells which ones a dead server had read: those
+    /// before it, as requests are read in the order of their ids.
+    fn saw_request(&self, unique: u64) {
+        let new = unique & FUSE_UNIQUE_RESEND == 0 && unique != 0;
+        if new && self.region.load(DISCARDED_BELOW_AT) == u64::MAX {
+            self.region.publish(DISCARDED_BELOW_AT, original_id(unique));
+        }
     }
 
     /// The slot of a request that is known, to [`Slot::done`] it once its outcome is answered again. `None`: it has

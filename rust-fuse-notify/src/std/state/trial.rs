@@ -4,8 +4,11 @@
 //! Each is run alone, so that a death tells which it was: a suspect waits until nothing else runs, and everything else
 //! waits until it is answered. Deaths during such a *trial* are counted, and only these: nobody is blamed for having
 //! run at the same time. An application must not wait for ever for a suspect that itself waits for an application, so
-//! after [`ALONE`] the others are let in, the trial does not count, and next time that suspect comes last. A suspect
-//! that was in a hang stays alone until it is answered, or until the keeper finds the hang again.
+//! after [`ALONE`] the others are let in, and the trial does not count. Next time that suspect comes last and has twice
+//! as long, so that one which takes its time to kill the server is found out as well. A suspect that was in a hang
+//! stays alone until it is answered, or until the keeper finds the hang again.
+//!
+//! An instance that is ended on purpose ([`Flights::leave`]) takes the trial under way back.
 //!
 //! A suspect whose caller was killed does not come again. The report of the recovery tells most of these; the rest is
 //! given up [`ARRIVAL`] after the first request that is new, since resent ones come before.
@@ -17,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use super::flights::{Flights, HUNG, SLOW};
 
-/// How long a suspect may keep all others waiting.
+/// How long a suspect may keep all others waiting, the first time.
 const ALONE: Duration = Duration::from_secs(1);
 /// The same for one that was in a hang: longer than any keeper waits.
 const ALONE_HUNG: Duration = Duration::from_secs(600);
@@ -26,6 +29,24 @@ const ARRIVAL: Duration = Duration::from_secs(2);
 
 /// Low half of the word: deaths in a trial.
 const TRIES: u64 = 0xffff_ffff;
+/// Where in the word it stands how often the others were let in.
+const DISTURBED_AT: u32 = 40;
+/// From then on it has [`ALONE`] times 64: more would cost applications more than one that kills so slowly does.
+const DISTURBED_MAX: u64 = 6;
+
+fn disturbed(word: u64) -> u64 {
+    (word >> DISTURBED_AT).min(DISTURBED_MAX)
+}
+
+/// How long a suspect may keep the others waiting. One whose opcode may wait for an application is not given more time,
+/// for that application may be one of the others.
+fn time_alone(word: u64, may_wait: bool) -> Duration {
+    match word & HUNG {
+        0 if may_wait => ALONE,
+        0 => ALONE * (1 << disturbed(word)),
+        _ => ALONE_HUNG,
+    }
+}
 
 #[derive(Debug, Default)]
 pub(super) struct Trials {
@@ -33,17 +54,21 @@ pub(super) struct Trials {
     suspects: BTreeMap<u64, usize>,
     /// Arrived, waiting to be alone.
     waiting: u32,
+    /// Arrived, lets others go first: how often each was disturbed.
+    patient: Vec<u64>,
     running: u32,
     trial: Option<Trial>,
     first_new: Option<Instant>,
+    /// This instance ends on purpose: no trial counts any more.
+    leaving: bool,
 }
 
 #[derive(Debug)]
 struct Trial {
     slot: usize,
     until: Instant,
-    /// Nothing else runs, so far.
-    alone: bool,
+    /// Nothing else runs so far: a death is counted.
+    counts: bool,
 }
 
 /// What becomes of a request that comes while there are suspects.
@@ -70,8 +95,19 @@ impl Trials {
         !self.suspects.is_empty()
     }
 
+    /// Whether somebody should be tried before one that was disturbed so often.
+    fn others_first(&self, times: u64) -> bool {
+        self.any()
+            || self.waiting > 0
+            || self.trial.is_some()
+            || self.patient.iter().any(|other| *other < times)
+    }
+
     fn over(&self) -> bool {
-        self.suspects.is_empty() && self.waiting == 0 && self.trial.is_none()
+        self.suspects.is_empty()
+            && self.waiting == 0
+            && self.patient.is_empty()
+            && self.trial.is_none()
     }
 }
 
@@ -99,14 +135,16 @@ impl Flights {
         }
         if word & SLOW != 0 {
             // The others first, if they come.
+            let times = disturbed(word);
+            trials.patient.push(times);
             let until = Instant::now() + ALONE;
-            while (trials.any() || trials.waiting > 0 || trials.trial.is_some())
-                && Instant::now() < until
-            {
+            while trials.others_first(times) && Instant::now() < until {
                 trials = self.wait(trials, until);
             }
-            trials.running += 1;
-            return Entry::Slow(slot);
+            if let Some(own) = trials.patient.iter().position(|other| *other == times) {
+                trials.patient.swap_remove(own);
+            }
+            self.turn.notify_all();
         }
         trials.waiting += 1;
         while let Some(trial) = &trials.trial {
@@ -128,13 +166,15 @@ impl Flights {
             trials.running += 1;
             return Entry::Slow(slot);
         }
-        // Before it begins: should the process die of it, this stays.
-        self.set_flags_and_tries(slot, word + 1);
-        let time = if word & HUNG != 0 { ALONE_HUNG } else { ALONE };
+        let counts = !trials.leaving;
+        if counts {
+            // Before it begins: should the process die of it, this stays.
+            self.set_flags_and_tries(slot, word + 1);
+        }
         trials.trial = Some(Trial {
             slot,
-            until: Instant::now() + time,
-            alone,
+            until: Instant::now() + time_alone(word, self.may_wait(slot)),
+            counts,
         });
         Entry::Trial(slot)
     }
@@ -174,20 +214,34 @@ impl Flights {
 
     /// Somebody else begins while a suspect runs: a death would not tell whose fault it is.
     fn disturb(&self, trials: &mut Trials) {
-        if let Some(trial) = &mut trials.trial {
-            if std::mem::replace(&mut trial.alone, false) {
-                let word = self.flags_and_tries(trial.slot);
-                self.set_flags_and_tries(trial.slot, (word - 1) | SLOW);
-            }
+        if let Some(trial) = trials.trial.take() {
+            let word = self.flags_and_tries(trial.slot);
+            let word = word.saturating_sub(u64::from(trial.counts));
+            let times = (disturbed(word) + 1).min(DISTURBED_MAX);
+            let rest = word & ((1 << DISTURBED_AT) - 1) | SLOW;
+            self.set_flags_and_tries(trial.slot, times << DISTURBED_AT | rest);
             // From now on it is one of those that run.
-            trials.trial = None;
             trials.running += 1;
             self.turn.notify_all();
         }
     }
 
+    /// Call it when this instance is about to end because somebody wants it to (`SIGTERM`, before the signal takes
+    /// effect): what it has in its hands is not the reason, so the trial under way does not count, nor does one that
+    /// begins from now on.
+    pub fn leave(&self) {
+        let mut trials = self.locked();
+        trials.leaving = true;
+        if let Some(trial) = &mut trials.trial {
+            if std::mem::replace(&mut trial.counts, false) {
+                let word = self.flags_and_tries(trial.slot);
+                self.set_flags_and_tries(trial.slot, word.saturating_sub(1));
+            }
+        }
+    }
+
     /// A request that began while there were suspects was answered.
-    pub(super) fn leave(&self, slot: Option<usize>) {
+    pub(super) fn answered(&self, slot: Option<usize>) {
         let mut trials = self.locked();
         let own = slot.is_some() && trials.trial.as_ref().map(|trial| trial.slot) == slot;
         if own {
