@@ -27,20 +27,30 @@ pub fn empty(reply: ReplyEmpty, result: Res<()>) {
     }
 }
 
-pub fn empty_kept(reply: ReplyEmpty, result: Res<Option<Slot<'_>>>) {
-    match result {
-        Ok(slot) => {
-            reply.ok();
+impl Passthrough {
+    /// Answers what the journal may have with `body`. If nobody takes it, the outcome stays for the next instance.
+    pub fn kept<R>(&self, req: &Request, reply: R, body: &[u8], slot: Option<Slot<'_>>) {
+        if self.taken(req, reply, &[body]) {
             answered(slot);
         }
-        Err(e) => reply.error(errno(e)),
     }
-}
 
-impl Passthrough {
-    /// Answers by hand what fuser cannot say, see [`super::wire`]. fuser's own reply is leaked (a
-    /// counter, no memory): dropping it would answer the request once more, with an error.
+    pub fn empty_kept(&self, req: &Request, reply: ReplyEmpty, result: Res<Option<Slot<'_>>>) {
+        match result {
+            Ok(slot) => self.kept(req, reply, &[], slot),
+            Err(e) => reply.error(errno(e)),
+        }
+    }
+
+    /// Answers by hand what fuser cannot say, see [`super::wire`].
     pub fn raw<R>(&self, req: &Request, reply: R, parts: &[&[u8]]) -> bool {
+        crash_points::reach("reply");
+        self.taken(req, reply, parts)
+    }
+
+    /// Answers by hand, and says whether the answer was taken, which fuser does not. fuser's own reply is leaked (a
+    /// counter, no memory): dropping it would answer the request once more, with an error.
+    fn taken<R>(&self, req: &Request, reply: R, parts: &[&[u8]]) -> bool {
         std::mem::forget(reply);
         match self.0.device.reply(req.unique().0, parts) {
             Ok(()) => true,

@@ -98,9 +98,10 @@ impl Server {
         let fd = self.node_fd(nodeid)?;
         let set = || sys::set_xattr(fd.as_fd(), &name, value, flags);
         // To set or replace an attribute twice is to do it once; to create it is not.
+        // Nor is it when it fails, be the attribute there already or of a kind that this file system has not.
         if flags & libc::XATTR_CREATE == 0
             || !self.opts.journal
-            || sys::get_xattr(fd.as_fd(), &name, &mut []).is_ok()
+            || sys::get_xattr(fd.as_fd(), &name, &mut []) != Err(Errno::ENODATA)
         {
             set()?;
             return Ok(None);

@@ -523,3 +523,58 @@ fn replays_a_second() {
         println!("round {round}: {each:?} a replay; {get:?} a look into the node table");
     }
 }
+
+#[test]
+fn a_change_that_fails_fails_in_the_same_way_wherever_the_server_died() {
+    if !possible() {
+        return;
+    }
+    let set = |server: &Server, unique| {
+        let one = server.lookup(ROOT, s("one"))?.nodeid;
+        let name = s("foo.no-such-kind");
+        let set = server.set_xattr(unique, one, name, b"1", libc::XATTR_CREATE);
+        set.map(|slot| finish(((), slot)))
+    };
+    let begin = |memfd: &OwnedFd| {
+        let dir = tempfile::tempdir().unwrap();
+        lay_out(dir.path());
+        (instance(dir.path(), memfd), dir)
+    };
+    let (server, _dir) = begin(&State::create_memfd().unwrap());
+    let (points, result) = points_of(|| set(&server, ID));
+    assert!(points.len() > 1, "{points:?}");
+    assert_eq!(result, Err(nix::errno::Errno::EOPNOTSUPP));
+    for (at, point) in points.iter().enumerate() {
+        let memfd = State::create_memfd().unwrap();
+        let (server, dir) = begin(&memfd);
+        die_at(at, || set(&server, ID)).unwrap();
+        drop(server);
+        let server = instance(dir.path(), &memfd);
+        server.resolve_journal().unwrap();
+        assert_eq!(set(&server, RESENT), result, "dead at {at}, {point}");
+    }
+}
+
+#[test]
+fn who_forgot_a_file_does_not_bury_it_when_it_was_looked_up_again() {
+    if !possible() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    lay_out(dir.path());
+    let server = instance(dir.path(), &State::create_memfd().unwrap());
+    let one = server.lookup(ROOT, s("one")).unwrap().nodeid;
+    let forgotten = server.state.nodes().forget(one, 1).unwrap();
+    // Another thread, before this one has done what a FORGET is to do.
+    assert_eq!(server.lookup(ROOT, s("one")).unwrap().nodeid, one);
+    let fh = server.open(ID + 200, one, libc::O_RDWR).unwrap();
+    server
+        .remove(ID, (ROOT, s("one")), false)
+        .map(finish)
+        .unwrap();
+    server.bury_node(forgotten.nodeid);
+    assert!(server.yard.contains(one), "a file that is open is lost");
+    server.files.remove(fh);
+    let file = server.file(one, fh).expect("it can be opened again");
+    assert_eq!(super::sys::fstat(file.as_fd()).unwrap().st_size, 14);
+}

@@ -21,14 +21,14 @@ use zerocopy::IntoBytes;
 
 use crate::crash_points::{begin, poison};
 
-use super::answer::{answered, empty, empty_kept};
+use super::answer::{answered, empty};
 use super::attr::Change;
 use super::creds::Caller;
 use super::make::{target, Created, Thing};
 use super::nodes::ROOT;
 use super::server::Server;
 use super::sys;
-use super::wire::OpenOut;
+use super::wire::{OpenOut, WriteOut};
 
 /// The largest read and write, as in the kernel's own default limit of 256 pages.
 const MAX_WRITE: u32 = 1 << 20;
@@ -191,13 +191,13 @@ impl fuser::Filesystem for Passthrough {
     fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _request = begin("unlink");
         let removed = self.0.remove(req.unique().0, (parent.0, name), false);
-        empty_kept(reply, removed.map(|((), slot)| slot));
+        self.empty_kept(req, reply, removed.map(|((), slot)| slot));
     }
 
     fn rmdir(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _request = begin("rmdir");
         let removed = self.0.remove(req.unique().0, (parent.0, name), true);
-        empty_kept(reply, removed.map(|((), slot)| slot));
+        self.empty_kept(req, reply, removed.map(|((), slot)| slot));
     }
 
     fn rename(
@@ -215,7 +215,7 @@ impl fuser::Filesystem for Passthrough {
         let renamed = self
             .0
             .rename(req.unique().0, caller(req), from, to, flags.bits());
-        empty_kept(reply, renamed.map(|((), slot)| slot));
+        self.empty_kept(req, reply, renamed.map(|((), slot)| slot));
     }
 
     fn link(&self, req: &Request, ino: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
@@ -426,7 +426,8 @@ impl fuser::Filesystem for Passthrough {
         reply: ReplyEmpty,
     ) {
         let _request = begin("setxattr");
-        empty_kept(
+        self.empty_kept(
+            req,
             reply,
             self.0.set_xattr(req.unique().0, ino.0, name, value, flags),
         );
@@ -444,7 +445,7 @@ impl fuser::Filesystem for Passthrough {
 
     fn removexattr(&self, req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _request = begin("removexattr");
-        empty_kept(reply, self.0.remove_xattr(req.unique().0, ino.0, name));
+        self.empty_kept(req, reply, self.0.remove_xattr(req.unique().0, ino.0, name));
     }
 
     fn access(&self, req: &Request, ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
@@ -506,9 +507,9 @@ impl fuser::Filesystem for Passthrough {
             (ino_out.0, fh_out.0, offset_out),
         );
         match self.0.copy(req.unique().0, from, to, len) {
-            Ok((n, slot)) => {
-                reply.written(n);
-                answered(slot);
+            Ok((size, slot)) => {
+                let out = WriteOut { size, padding: 0 };
+                self.kept(req, reply, out.as_bytes(), slot);
             }
             Err(e) => reply.error(errno(e)),
         }

@@ -139,15 +139,18 @@ impl Server {
     }
 
     pub fn bury_node(&self, nodeid: u64) {
-        self.paths.remove(nodeid);
-        // The file first: if this is the last we do, the next start finds a grave without a node
-        // and cleans up; a node without its file would be found by nobody.
-        self.yard.release(nodeid);
         // A handle that is left was opened for an application that was killed before it knew.
-        for handle in self.state.handles().of_node(nodeid) {
+        let handles = self.state.handles().of_node(nodeid);
+        // The node first, for another thread may have looked the file up again, and removed it. If this is the last
+        // we do, the next start finds a grave without a node and cleans up.
+        if !self.state.remove_node(nodeid) {
+            return;
+        }
+        self.paths.remove(nodeid);
+        self.yard.release(nodeid);
+        for handle in handles {
             self.files.remove(handle.fh);
         }
-        self.state.remove_node(nodeid);
     }
 
     /// `name` as one component that may be used in `parent`; `reserved` if it is the hidden one.

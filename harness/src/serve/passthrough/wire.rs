@@ -17,8 +17,6 @@ use rust_fuse_notify::std::wire::OutHeader;
 pub use rust_fuse_notify::std::wire::{Attr, AttrOut};
 use zerocopy::{Immutable, IntoBytes};
 
-use crate::crash_points;
-
 use super::sys::Res;
 
 /// `struct fuse_entry_out`
@@ -41,6 +39,14 @@ pub struct OpenOut {
     pub fh: u64,
     pub open_flags: u32,
     pub backing_id: i32,
+}
+
+/// `struct fuse_write_out`
+#[repr(C)]
+#[derive(IntoBytes, Immutable, Clone, Copy, Debug)]
+pub struct WriteOut {
+    pub size: u32,
+    pub padding: u32,
 }
 
 /// `struct fuse_dirent` without the name
@@ -187,7 +193,6 @@ impl Device {
                 .filter(|p| !p.is_empty())
                 .map(|p| IoSlice::new(p)),
         );
-        crash_points::reach("reply");
         if !self.cloned {
             return writev(&self.fd, &iov).map(drop);
         }
@@ -247,6 +252,7 @@ mod tests {
         assert_eq!(size_of::<EntryOut>(), 128);
         assert_eq!(size_of::<AttrOut>(), 104);
         assert_eq!(size_of::<OpenOut>(), 16);
+        assert_eq!(size_of::<WriteOut>(), 8);
         assert_eq!(size_of::<Dirent>(), 24);
     }
 
