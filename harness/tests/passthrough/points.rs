@@ -11,8 +11,8 @@ fn seen(table: &Path, name: &str) -> Option<(u64, u64)> {
     let bytes = fs::read(table).unwrap();
     let word =
         |record: &[u8], at: usize| u64::from_ne_bytes(record[at..at + 8].try_into().unwrap());
-    let record = bytes.chunks(128).find(|record| {
-        let text = String::from_utf8_lossy(&record[64..]);
+    let record = bytes.chunks(18 * 8).find(|record| {
+        let text = String::from_utf8_lossy(&record[10 * 8..]);
         word(record, 0) == 2 && text.trim_end_matches('\0') == name
     })?;
     Some((word(record, 8), word(record, 24)))

@@ -23,7 +23,7 @@ pub enum Part {
 impl Part {
     fn name(self) -> &'static str {
         match self {
-            Part::Servers => "crash matrix, races, systemd, poison and hangs",
+            Part::Servers => "crash matrix, races, systemd, deaths, poison and hangs",
             Part::Qemu => "scenarios in QEMU",
         }
     }
