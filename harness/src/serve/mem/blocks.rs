@@ -10,19 +10,19 @@ use super::free::Free;
 use super::layout::{inode as at, PAGE};
 use super::store::{Res, Store};
 
-const FAN_OUT: u64 = 512;
+pub const FAN_OUT: u64 = 512;
 /// 512 to the third, times 4 KiB: 512 GiB.
-const MOST_HEIGHT: u32 = 3;
+pub const MOST_HEIGHT: u32 = 3;
 
 /// The largest file, in bytes.
 pub const MOST_BYTES: u64 = FAN_OUT.pow(MOST_HEIGHT) * PAGE as u64;
 
 /// The word in an inode: a block number and the height of the tree above the data.
-fn root(word: u64) -> (u32, u32) {
+pub fn root(word: u64) -> (u32, u32) {
     (word as u32, (word >> 56) as u32)
 }
 
-fn root_word(block: u32, height: u32) -> u64 {
+pub fn root_word(block: u32, height: u32) -> u64 {
     u64::from(block) | u64::from(height) << 56
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use fuser::{FileAttr, FileType, INodeNo};
 use nix::errno::Errno;
 
-use super::layout::{inode as at, PAGE};
+use super::layout::{inode as at, INODES_USED_AT, PAGE};
 use super::store::{Change, Res, Store};
 
 /// Seconds and nanoseconds since 1970; the latter are never negative.
@@ -126,7 +126,7 @@ impl Store {
     /// Where the record of a nodeid is; `ESTALE` if it was never given out or its file is gone.
     pub fn place(&self, nodeid: u64) -> Res<usize> {
         let slot = nodeid as u32;
-        if nodeid == 0 || slot >= self.layout.inodes {
+        if slot == 0 || slot >= self.used(INODES_USED_AT, self.layout.inodes) {
             return Err(Errno::ESTALE);
         }
         let place = self.layout.inode(slot);

@@ -126,6 +126,21 @@ impl Layout {
         (self.names_at() + self.names as usize * name::LEN).next_multiple_of(PAGE)
     }
 
+    /// A place that may be one of a change: a word of an inode, what has a name, the next extended attribute.
+    pub fn in_change(&self, place: u64) -> Option<usize> {
+        let place = usize::try_from(place).ok()?;
+        let inodes = TABLES_AT..TABLES_AT + self.inodes as usize * inode::LEN;
+        let (names, blocks) = (self.names_at(), self.blocks_at());
+        let names = (names..names + self.names as usize * name::LEN)
+            .contains(&place)
+            .then(|| (place - names) % name::LEN == name::CHILD);
+        let blocks = (blocks + PAGE..blocks + self.blocks as usize * PAGE)
+            .contains(&place)
+            .then(|| (place - blocks) % PAGE == xattr::NEXT);
+        let inodes = inodes.contains(&place).then_some(place % 8 == 0);
+        inodes.or(names).or(blocks)?.then_some(place)
+    }
+
     pub fn block(&self, block: u32) -> usize {
         assert!(
             block != 0 && block < self.blocks,
@@ -149,5 +164,11 @@ mod tests {
         assert!(layout.name(layout.names - 1) + name::LEN <= layout.block(1));
         assert_eq!(layout.block(layout.blocks - 1) + PAGE, layout.len());
         assert_eq!(layout.block(1) % PAGE, 0);
+        let last = layout.block(layout.blocks - 1) as u64;
+        for place in [TABLES_AT as u64 + 8, layout.name(3) as u64, last] {
+            assert_eq!(layout.in_change(place), Some(place as usize));
+            assert_eq!(layout.in_change(place + 4), None);
+        }
+        assert_eq!(layout.in_change(last + PAGE as u64), None);
     }
 }

@@ -3,18 +3,25 @@
 //!
 //! The map: [`layout`] says where things are in the arena; [`store`] makes changes of many words as one; [`inode`],
 //! [`names`], [`blocks`], [`data`], [`xattrs`] are what the tree is made of; [`tree`] is all of it, with its lock and
-//! what is found out at the start ([`free`]); [`make`], [`remove`], [`attr`] are the operations; [`once`] is the
+//! what is found out at the start ([`free`]), where all of it is looked at first ([`check`]) and what is damaged is
+//! refused ([`error`]); [`make`], [`remove`], [`attr`] are the operations; [`once`] is the
 //! journal; [`fs`] is fuser's trait, [`recover`] takes over from a dead instance.
 //!
 //! Why nothing is lost, and nothing happens twice, is in Documentation/exactly-once.md.
 
 mod attr;
 mod blocks;
+mod check;
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod damage_tests;
 mod data;
+mod error;
 mod free;
 mod fs;
+#[cfg(test)]
+mod hostile_tests;
 mod inode;
 mod layout;
 mod make;

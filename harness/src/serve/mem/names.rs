@@ -37,9 +37,11 @@ impl Dir {
         self.by_name.is_empty()
     }
 
-    pub fn add(&mut self, entry: &Entry) {
-        self.by_name.insert(entry.name.clone(), entry.record);
-        self.by_position.insert(entry.position, entry.record);
+    /// `false` if the name or its position was there.
+    pub fn add(&mut self, entry: &Entry) -> bool {
+        let name = self.by_name.insert(entry.name.clone(), entry.record);
+        let position = self.by_position.insert(entry.position, entry.record);
+        name.is_none() && position.is_none()
     }
 
     pub fn remove(&mut self, entry: &Entry) {

@@ -13,6 +13,7 @@ use rust_fuse_notify::std::state::State;
 
 use crate::crash_points::reach;
 
+use super::error::{Checked, TreeError};
 use super::layout::{self as at, Layout};
 
 pub type Res<T> = Result<T, Errno>;
@@ -29,23 +30,15 @@ pub struct Store {
 
 impl Store {
     /// Finishes a change that a dead server had begun; lays out an arena that is empty.
-    pub fn open(state: Arc<State>) -> anyhow::Result<Store> {
+    pub fn open(state: Arc<State>) -> Checked<Store> {
         let arena = state.arena();
-        let found = Layout::of(arena.len());
-        let Some(layout) = found else {
-            anyhow::bail!(
-                "the state has {} bytes for the tree, which is too few",
-                arena.len()
-            );
-        };
+        let layout = Layout::of(arena.len()).ok_or(TreeError::Small(arena.len()))?;
         let store = Store {
             layout,
             reserved: Mutex::new(vec![false; arena.len().div_ceil(PIECE)]),
             state,
         };
-        store
-            .reserve(0, at::TABLES_AT)
-            .map_err(|e| anyhow::anyhow!("no memory for the tree: {}", e.desc()))?;
+        store.reserve(0, at::TABLES_AT).map_err(TreeError::Memory)?;
         let capacities = [
             (at::INODES_AT, layout.inodes),
             (at::NAMES_AT, layout.names),
@@ -53,21 +46,22 @@ impl Store {
         ];
         match store.load(at::MAGIC_AT) {
             0 => {
+                store.check_empty()?;
                 for (at, capacity) in capacities {
                     store.store(at, u64::from(capacity));
                 }
                 store.publish(at::MAGIC_AT, at::MAGIC);
             }
             at::MAGIC => {
-                for (at, capacity) in capacities {
-                    anyhow::ensure!(
-                        store.load(at) == u64::from(capacity),
-                        "the tree was laid out by another version of this server: start that one"
-                    );
+                let laid_out = |(at, capacity)| store.load(at) == u64::from(capacity);
+                if !capacities.into_iter().all(laid_out) {
+                    return Err(TreeError::Version);
                 }
+                store.check_header()?;
+                store.check_log()?;
                 store.finish();
             }
-            _ => anyhow::bail!("the state holds the tree of another server, or of another version"),
+            _ => return Err(TreeError::Foreign),
         }
         Ok(store)
     }

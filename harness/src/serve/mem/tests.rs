@@ -10,6 +10,7 @@ use rust_fuse_notify::std::state::{Config, State};
 use rust_fuse_notify::std::wire::Identity;
 
 use super::attr::Attributes;
+use super::error::{Part, TreeError};
 use super::make::{Caller, New};
 use super::once::{Kept, Opcode};
 use super::store::Res;
@@ -339,8 +340,12 @@ fn a_tree_that_nobody_can_have_written_is_refused() {
     tree.store.store(word(other), tree.store.load(word(nodeid)));
     let state = tree.store.state.clone();
     drop(tree);
-    let refused = Tree::open(state).err().unwrap().to_string();
-    assert!(refused.contains("damaged"), "{refused}");
+    let refused = Tree::open(state).err().unwrap();
+    let damaged = TreeError::Damaged {
+        part: Part::Inode(other as u32),
+        what: "a block of it is reached twice",
+    };
+    assert_eq!(refused, damaged);
     drop(memfd);
 }
 

@@ -12,6 +12,8 @@ use nix::errno::Errno;
 use rust_fuse_notify::std::state::State;
 use rust_fuse_notify::std::wire::FUSE_ROOT_ID;
 
+use super::check::take_stock;
+use super::error::{Checked, TreeError};
 use super::free::Free;
 use super::inode::{Inode, Time};
 use super::layout::{inode as at, INODES_USED_AT, NAMES_USED_AT};
@@ -35,15 +37,14 @@ pub struct Index {
 }
 
 impl Tree {
-    pub fn open(state: Arc<State>) -> anyhow::Result<Tree> {
+    pub fn open(state: Arc<State>) -> Checked<Tree> {
         let store = Store::open(state)?;
         let index = take_stock(&store)?;
         let tree = Tree {
             store,
             index: RwLock::new(index),
         };
-        tree.make_root()
-            .map_err(|e| anyhow::anyhow!("cannot make the root: {}", e.desc()))?;
+        tree.make_root().map_err(TreeError::Memory)?;
         Ok(tree)
     }
 
@@ -147,6 +148,8 @@ impl Tree {
             index.inodes.give(slot);
             return Err(e);
         }
+        // Of a damaged tree something may be left behind what was used.
+        self.store.clear(place + at::NODEID, 8);
         self.store.will_use(INODES_USED_AT, slot);
         // The number of the change that makes it valid: no other file has it (short of 2^32 changes).
         let stamp = (self.store.changes() + 1) & 0xffff_ffff;
@@ -161,6 +164,7 @@ impl Tree {
             index.names.give(record);
             return Err(e);
         }
+        self.store.clear(self.store.child_at(record), 8);
         self.store.will_use(NAMES_USED_AT, record);
         let entry = Entry {
             record,
@@ -193,70 +197,6 @@ impl Tree {
         index.confirmed.clear();
         gone
     }
-}
-
-/// Reads everything, and finds what is free.
-fn take_stock(store: &Store) -> anyhow::Result<Index> {
-    let layout = store.layout;
-    let mut index = Index {
-        inodes: Free::new(layout.inodes, 2),
-        names: Free::new(layout.names, 0),
-        blocks: Free::new(layout.blocks, 1),
-        dirs: HashMap::new(),
-        confirmed: HashSet::new(),
-    };
-    let mut used = Vec::new();
-    for slot in 1..store.used(INODES_USED_AT, layout.inodes) {
-        let place = layout.inode(slot);
-        let nodeid = store.load(place + at::NODEID);
-        if nodeid == 0 {
-            continue;
-        }
-        anyhow::ensure!(
-            nodeid as u32 == slot,
-            "inode {slot} has the nodeid {nodeid:#x}: damaged"
-        );
-        index.inodes.mark(slot);
-        let mut twice = None;
-        let blocks = &mut index.blocks;
-        let mut mark = |block| {
-            if !blocks.mark(block) {
-                twice = Some(block);
-            }
-        };
-        store.each_block(place, &mut mark);
-        store.each_xattr(place, &mut |block, _| mark(block));
-        if let Some(block) = twice {
-            anyhow::bail!("block {block} of inode {slot} is another one's as well: damaged");
-        }
-        used.push((place, nodeid));
-        if store.inode(nodeid).is_ok_and(|inode| inode.is_dir()) {
-            let parent = if nodeid == FUSE_ROOT_ID { nodeid } else { 0 };
-            index.dirs.insert(nodeid, Dir::new(parent));
-        }
-    }
-    for record in 0..store.used(NAMES_USED_AT, layout.names) {
-        if store.load(store.child_at(record)) == 0 {
-            continue;
-        }
-        let entry = store.entry(record);
-        index.names.mark(record);
-        let Some(dir) = index.dirs.get_mut(&entry.parent) else {
-            anyhow::bail!("name {record} is in no directory: damaged");
-        };
-        anyhow::ensure!(
-            store.place(entry.child).is_ok() && dir.find(&entry.name).is_none(),
-            "name {record} is of no file, or there twice: damaged"
-        );
-        dir.add(&entry);
-        if let Some(child) = index.dirs.get_mut(&entry.child) {
-            child.parent = entry.parent;
-        }
-    }
-    for (place, _) in used {
-        store.trim(&mut index.blocks, place);
-    }
-    Ok(index)
 }
 
 /// A change, and whose times are new with it.
