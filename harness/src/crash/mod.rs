@@ -8,7 +8,7 @@
 //! * [`group`] all cases of one workload; [`minimise`] a failed one
 //! * [`race`] is another workload, on shared names, with a judge of its own
 //! * [`cells`] which deaths show when the server lacks something, and why not the others; [`explained`] the table of it
-//! * [`run`] everything, [`tally`] the results, [`kmsg`] what the kernel complains of
+//! * [`run`] everything, [`tally`] the results, [`ledger`] which of them count, [`kmsg`] what the kernel complains of
 
 #[cfg(feature = "crash-points")]
 mod app;
@@ -28,6 +28,8 @@ mod group;
 mod kept;
 #[cfg(feature = "crash-points")]
 mod kmsg;
+#[cfg(feature = "crash-points")]
+mod ledger;
 #[cfg(feature = "crash-points")]
 mod minimise;
 #[cfg(feature = "crash-points")]
@@ -107,7 +109,7 @@ pub struct Args {
     /// Write the results to this file as JSON, also now and then
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Go on with the results of an earlier run of the same seed and mode
+    /// Go on with the results of an earlier run of the same kernel, seed and mode
     #[arg(long, value_name = "FILE")]
     resume: Option<PathBuf>,
     /// Write the table to this file as Markdown
