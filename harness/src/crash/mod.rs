@@ -4,7 +4,8 @@
 //! * [`op`] what an application does, [`generate`], [`steps`] and [`programs`] draw it from the seed, [`app`]
 //!   does it
 //! * [`shown`] attributes, [`tree`] a tree, as text that can be compared
-//! * [`kept`] a fresh mount under the real keeper, [`case`] one case on it, [`plan`] its name
+//! * [`kept`] a fresh mount under the real keeper, [`rest`] what must not be there at rest, [`case`] one case on
+//!   it, [`plan`] its name
 //! * [`group`] all cases of one workload; [`minimise`] a failed one
 //! * [`race`] is another workload, on shared names, with a judge of its own
 //! * [`cells`] which deaths show when the server lacks something, and why not the others; [`explained`] the table of it
@@ -39,6 +40,8 @@ mod plan;
 #[cfg(feature = "crash-points")]
 mod programs;
 pub mod race;
+#[cfg(feature = "crash-points")]
+mod rest;
 #[cfg(feature = "crash-points")]
 mod run;
 #[cfg(feature = "crash-points")]
