@@ -10,9 +10,10 @@ use nix::sys::wait::WaitStatus;
 
 use super::app;
 use super::dim::Dim;
-use super::kept::{Counts, Kept, Setup};
+use super::kept::{Kept, Setup};
 use super::op::Workload;
 use super::plan::{Deaths, Kill};
+use super::rest::{excused, Rest};
 use super::tree;
 use crate::crash_points::Seen;
 use crate::raw::app::{describe, Proc};
@@ -32,7 +33,8 @@ pub struct Run {
     pub observed: Observed,
     /// How often each point was reached until the applications had ended and the server was idle.
     pub seen: Vec<Seen>,
-    pub counts: Option<Counts>,
+    /// What is left that should not be; nobody can tell of a kernel that only sends again.
+    pub rest: Option<Rest>,
     /// The deaths that came.
     pub died: Vec<Kill>,
     /// Where other threads were with a request in their hands when they died with it.
@@ -66,8 +68,8 @@ pub fn run(setup: &Setup, dim: &Dim, workload: &Workload, deaths: Deaths<'_>) ->
     let mounted = onlooker(&mut kept, setup, blocks)?;
     kept.wait_until_idle()?;
     kept.check_restarts(died.len() as u64)?;
-    let counts = match setup.mode.sign && kept_by_the_series(&kept)? {
-        true => Some(kept.compare_counts()?),
+    let rest = match setup.mode.sign && kept_by_the_series(&kept)? {
+        true => Some(kept.at_rest(excused(dim, &kept.table.all()))?),
         false => None,
     };
     kept.stop()?;
@@ -79,7 +81,7 @@ pub fn run(setup: &Setup, dim: &Dim, workload: &Workload, deaths: Deaths<'_>) ->
             backing,
         },
         seen,
-        counts,
+        rest,
         died,
         beside,
     })

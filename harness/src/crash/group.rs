@@ -6,10 +6,11 @@ use anyhow::{bail, Context, Result};
 use super::case::{self, difference, Observed, Run, Unreached};
 use super::dim::DIMS;
 use super::generate::{self, Focus, FOCUSES, JOURNALLED, MANY, MIXED};
-use super::kept::{Counts, Setup};
+use super::kept::Setup;
 use super::op::Workload;
 use super::plan;
 use super::plan::{Case, Deaths, Group, Kill};
+use super::rest::Rest;
 use super::tally::Verdict;
 use crate::crash_points::Seen;
 use crate::raw::wait::Rng;
@@ -107,8 +108,8 @@ impl<'a> Running<'a> {
         let workload = workload(group, seed)?;
         let oracle = case::run(setup, &group.dim, &workload, Deaths::NONE)
             .with_context(|| format!("{group}/, without a crash"))?;
-        if let Some(Counts::Differ(n)) = oracle.counts {
-            bail!("{group}/, without a crash: {n} lookup counts differ");
+        if let Some(problem) = problem(&oracle) {
+            bail!("{group}/, without a crash:\n{problem}");
         }
         let opcode = match group.focus.as_str() {
             "adopt" => "adopt",
@@ -327,16 +328,19 @@ impl<'a> Running<'a> {
 }
 
 fn judge(want: &Observed, run: &Run) -> (Verdict, String) {
+    let problem = problem(run);
     if let Some(found) = difference(want, &run.observed) {
-        return (Verdict::Differs, found);
+        let parts = [Some(found), problem].into_iter().flatten();
+        return (Verdict::Differs, parts.collect::<Vec<_>>().join("\n"));
     }
-    match run.counts {
-        Some(Counts::Differ(n)) => (
-            Verdict::Broken,
-            format!("{n} lookup counts of the server are not the kernel's"),
-        ),
-        _ => (Verdict::Same, String::new()),
+    match problem {
+        Some(problem) => (Verdict::Broken, problem),
+        None => (Verdict::Same, String::new()),
     }
+}
+
+fn problem(run: &Run) -> Option<String> {
+    run.rest.as_ref().and_then(Rest::problem)
 }
 
 #[cfg(test)]

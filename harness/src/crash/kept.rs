@@ -18,6 +18,7 @@ use nix::unistd::Pid;
 use super::dim::{Dim, Mode};
 use super::op::{pattern, Workload};
 use super::plan::{Deaths, Kill};
+use super::rest::Rest;
 use crate::crash_points::Table;
 use crate::fusectl;
 use crate::keep::events::{Event, Record};
@@ -48,13 +49,6 @@ pub struct Kept<'a> {
     /// The keeper has a keeper.
     nested: bool,
     pub table: Table,
-}
-
-/// What the server said when it was asked to end and took over once more.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Counts {
-    Equal,
-    Differ(u64),
 }
 
 impl<'a> Kept<'a> {
@@ -250,25 +244,20 @@ impl<'a> Kept<'a> {
         Ok(())
     }
 
-    /// A planned restart at rest: the kernel shows its lookup counts, and the server has the same.
-    pub fn compare_counts(&mut self) -> Result<Counts> {
+    /// A planned restart at rest: what the kernel shows is what the server has, and nothing else is there. The server
+    /// must be idle, and nobody may use the mount any more; `excused`: see [`super::rest::excused`].
+    pub fn at_rest(&mut self, excused: u64) -> Result<Rest> {
         let before = self.table.seen("recover", "end").reached;
         let keeper = self.status()?.keeper;
         kill(Pid::from_raw(keeper.keeper_pid), Signal::SIGHUP).context("SIGHUP to the keeper")?;
         self.wait_until("the planned restart", |kept| {
             Ok(kept.table.seen("recover", "end").reached > before)
         })?;
-        let said = self.said();
-        let line = said
-            .lines()
-            .rev()
-            .find_map(|line| line.split_once(" were looked up another number"))
-            .context("the server did not say whether the counts are equal")?;
-        let number = line.0.rsplit(' ').next().unwrap_or_default();
-        match number.parse().context("the number of differing counts")? {
-            0 => Ok(Counts::Equal),
-            n => Ok(Counts::Differ(n)),
-        }
+        let mut rest = Rest::parse(&self.said(), excused)?;
+        // Whatever the kernel had yet to say has been said.
+        self.wait_until_idle()?;
+        rest.look_for_graves(&self.back())?;
+        Ok(rest)
     }
 
     /// Ends the keeper in the regular way, and sees that nothing is left but the backing.

@@ -5,20 +5,40 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 
-/// Beginnings of reports; the full list is in `qemu/src/splat.rs`.
+/// Beginnings of reports, as in `qemu/src/splat.rs`.
 const STARTS: &[&str] = &[
     "WARNING: ",
     "BUG: ",
     "BUG ",
     "Oops",
     "INFO: ",
+    "rcu: INFO: ",
     "UBSAN: ",
     "ODEBUG: ",
-    "kernel BUG at ",
+    "watchdog: BUG",
+    "unreferenced object ",
     "list_add corruption",
     "list_del corruption",
     "VFS: Busy inodes",
+    "VFS: Close: file count",
     "general protection fault",
+    "stack segment:",
+    "invalid opcode:",
+    "divide error:",
+    "double fault:",
+    "unchecked MSR access",
+];
+
+/// Anywhere in the line; these too.
+const INSIDE: &[&str] = &[
+    "Kernel panic - not syncing",
+    "kernel BUG at ",
+    "BUG: KASAN",
+    "new suspected memory leaks",
+    "Segfault with no mm",
+    "DEBUG_LOCKS_WARN_ON",
+    "detected stalls on CPU",
+    "self-detected stall on CPU",
 ];
 
 pub struct Log(Option<File>);
@@ -56,7 +76,8 @@ impl Log {
 /// A record is `priority,sequence,time,flags;text`.
 fn complaint(record: &str) -> Option<String> {
     let text = record.split_once(';')?.1.lines().next()?;
-    let is_report = STARTS.iter().any(|start| text.starts_with(start));
+    let is_report = STARTS.iter().any(|start| text.starts_with(start))
+        || INSIDE.iter().any(|inside| text.contains(inside));
     is_report.then(|| text.to_owned())
 }
 
@@ -67,9 +88,31 @@ mod tests {
     #[test]
     fn reports_are_told_from_what_is_only_said() {
         let of = |text: &str| complaint(&format!("4,339,5140900,-;{text}\n SUBSYSTEM=x\n"));
-        assert!(of("WARNING: CPU: 0 PID: 1 at fs/fuse/dev.c:12").is_some());
-        assert!(of("BUG: KASAN: slab-use-after-free in fuse_iget").is_some());
-        assert_eq!(of("fuse: init (API version 7.48)"), None);
+        for text in [
+            "WARNING: CPU: 0 PID: 1 at fs/fuse/dev.c:12",
+            "BUG: KASAN: slab-use-after-free in fuse_iget",
+            "BUG kmalloc-64 (Not tainted): Poison overwritten",
+            "INFO: task cat:123 blocked for more than 120 seconds.",
+            "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+            "rcu: INFO: rcu_sched self-detected stall on CPU",
+            "rcu_tasks: rcu_tasks detected stalls on CPU 1",
+            "watchdog: BUG: soft lockup - CPU#1 stuck for 22s!",
+            "kmemleak: 2 new suspected memory leaks (see /sys/kernel/debug/kmemleak)",
+            "unreferenced object 0xffff888004a5c3c0 (size 64):",
+            "kernel BUG at fs/fuse/dev.c:1!",
+            "VFS: Close: file count is 0",
+            "divide error: 0000 [#1]",
+        ] {
+            assert!(of(text).is_some(), "missed: {text}");
+        }
+        for text in [
+            "fuse: init (API version 7.48)",
+            "clocksource: timekeeping watchdog on CPU1: Marking clocksource 'tsc' as unstable",
+            "kmemleak: Automatic memory scanning thread started",
+            "rcu: Hierarchical SRCU implementation.",
+        ] {
+            assert_eq!(of(text), None, "false alarm: {text}");
+        }
         assert_eq!(complaint(""), None);
     }
 }

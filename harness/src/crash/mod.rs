@@ -4,11 +4,12 @@
 //! * [`op`] what an application does, [`generate`], [`steps`] and [`programs`] draw it from the seed, [`app`]
 //!   does it
 //! * [`shown`] attributes, [`tree`] a tree, as text that can be compared
-//! * [`kept`] a fresh mount under the real keeper, [`case`] one case on it, [`plan`] its name
+//! * [`kept`] a fresh mount under the real keeper, [`rest`] what must not be there at rest, [`case`] one case on
+//!   it, [`plan`] its name
 //! * [`group`] all cases of one workload; [`minimise`] a failed one
 //! * [`race`] is another workload, on shared names, with a judge of its own
 //! * [`cells`] which deaths show when the server lacks something, and why not the others; [`explained`] the table of it
-//! * [`run`] everything, [`tally`] the results, [`kmsg`] what the kernel complains of
+//! * [`run`] everything, [`tally`] the results, [`ledger`] which of them count, [`kmsg`] what the kernel complains of
 
 #[cfg(feature = "crash-points")]
 mod app;
@@ -29,6 +30,8 @@ mod kept;
 #[cfg(feature = "crash-points")]
 mod kmsg;
 #[cfg(feature = "crash-points")]
+mod ledger;
+#[cfg(feature = "crash-points")]
 mod minimise;
 #[cfg(feature = "crash-points")]
 mod op;
@@ -37,6 +40,8 @@ mod plan;
 #[cfg(feature = "crash-points")]
 mod programs;
 pub mod race;
+#[cfg(feature = "crash-points")]
+mod rest;
 #[cfg(feature = "crash-points")]
 mod run;
 #[cfg(feature = "crash-points")]
@@ -107,7 +112,7 @@ pub struct Args {
     /// Write the results to this file as JSON, also now and then
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Go on with the results of an earlier run of the same seed and mode
+    /// Go on with the results of an earlier run of the same kernel, seed and mode
     #[arg(long, value_name = "FILE")]
     resume: Option<PathBuf>,
     /// Write the table to this file as Markdown

@@ -16,6 +16,7 @@ use super::explained::Explained;
 use super::group::{self, Judged, Running};
 use super::kept::Setup;
 use super::kmsg;
+use super::ledger::Ledger;
 use super::plan::{Case, Group, MANY};
 use super::programs;
 use super::tally::{Failure, Tally, Verdict};
@@ -142,7 +143,7 @@ struct Matrix<'a> {
     args: &'a Args,
     setup: &'a Setup<'a>,
     seed: u64,
-    tally: Tally,
+    ledger: Ledger,
     log: kmsg::Log,
     began: Instant,
     told: Instant,
@@ -167,7 +168,7 @@ impl<'a> Matrix<'a> {
             setup,
             seed,
             before: tally.seconds,
-            tally,
+            ledger: Ledger::new(tally),
             log: kmsg::Log::open(),
             began: Instant::now(),
             told: Instant::now(),
@@ -200,7 +201,7 @@ impl<'a> Matrix<'a> {
             .unwrap_or(if whole { 10 } else { u64::MAX });
         let todo: Vec<&Group> = groups
             .iter()
-            .filter(|group| !self.tally.done.contains(&group.to_string()))
+            .filter(|group| !self.ledger.is_done(group))
             .collect();
         let mut ended = "";
         for (n, group) in todo.iter().enumerate() {
@@ -210,38 +211,46 @@ impl<'a> Matrix<'a> {
             }
             self.tell(n, todo.len());
             if self.group(group, enough)? {
-                self.tally.done.insert(group.to_string());
+                self.ledger.end(group);
             }
             if interrupted() {
                 ended = " (interrupted)";
                 break;
             }
-            if self.tally.failed() >= enough {
+            if self.ledger.failed() >= enough {
                 ended = " (enough failed)";
                 break;
             }
         }
         self.save()?;
-        let total = self.tally.total();
-        print!("{}", self.tally.table(false));
+        let shown = self.shown();
+        let total = shown.total();
+        print!("{}", shown.table(false));
         let mut cells = String::new();
-        if let Some(explained) = &self.tally.explained {
+        if let Some(explained) = &shown.explained {
             print!("\n{}", explained.table());
             cells = format!("; {}", explained.summary());
         }
+        if self.ledger.unfinished() > 0 {
+            println!(
+                "{} of the cases are of a workload that was not done to the end: who goes on begins it again",
+                self.ledger.unfinished()
+            );
+        }
+        if whole && self.ledger.once() > 0 {
+            println!(
+                "{} failures are kept of workloads that were ended, and did not come again",
+                self.ledger.once()
+            );
+        }
         println!(
             "{} cases, {} crashes, {} differ, {} broken, {} not reached{cells}, {:.0} s{ended}",
-            total.cases,
-            self.tally.crashes,
-            total.differ,
-            total.broken,
-            total.unreached,
-            self.tally.seconds
+            total.cases, shown.crashes, total.differ, total.broken, total.unreached, shown.seconds
         );
         // Without the journal, or without the series, each difference must be where one can be, and there must be one
         // wherever one can be. (In a short run there is not.)
-        let fine = match &self.tally.explained {
-            None => self.tally.failed() == 0 && total.cases > 0,
+        let fine = match &shown.explained {
+            None => shown.failures.is_empty() && shown.failed() == 0 && total.cases > 0,
             Some(explained) => explained.fine(),
         };
         Ok(exit(fine))
@@ -289,7 +298,7 @@ impl<'a> Matrix<'a> {
             let refuted = self.count(&judged);
             if judged.verdict != Verdict::Same {
                 self.failed(&running, &judged, refuted);
-                if self.tally.failed() >= enough {
+                if self.ledger.failed() >= enough {
                     return Ok(false);
                 }
             }
@@ -301,7 +310,7 @@ impl<'a> Matrix<'a> {
     /// Whether it differs although there is a reason why it cannot.
     fn count(&mut self, judged: &Judged) -> bool {
         let expected = cells::expected(self.setup.mode, &judged.case, &judged.beside);
-        self.tally
+        self.ledger
             .add(&judged.case, &judged.died, judged.verdict, expected);
         judged.verdict == Verdict::Differs && expected.surprise() && !self.setup.mode.whole()
     }
@@ -309,8 +318,8 @@ impl<'a> Matrix<'a> {
     /// A workload that tests nothing is a failure.
     fn not_an_oracle(&mut self, group: &Group, reason: String) {
         println!("{group}/: {reason}");
-        self.tally.add_oracle(group);
-        self.tally.failures.push(Failure {
+        self.ledger.add_oracle(group);
+        self.ledger.keep(Failure {
             case: format!("{group}/"),
             verdict: Verdict::Broken,
             reason,
@@ -357,8 +366,8 @@ impl<'a> Matrix<'a> {
             }
         }
         // There are thousands of these.
-        if !expected || self.tally.failures.len() < 200 {
-            self.tally.failures.push(Failure {
+        if !expected || self.ledger.whole().failures.len() < 200 {
+            self.ledger.keep(Failure {
                 case,
                 verdict: judged.verdict,
                 reason,
@@ -368,12 +377,11 @@ impl<'a> Matrix<'a> {
     }
 
     fn tell(&mut self, group: usize, groups: usize) {
-        self.tally.seconds = self.before + self.began.elapsed().as_secs_f64();
         if self.told.elapsed() < TELL_EVERY {
             return;
         }
         self.told = Instant::now();
-        let total = self.tally.total();
+        let total = self.ledger.whole().total();
         let took = self.began.elapsed().as_secs_f64();
         let left = took / group.max(1) as f64 * (groups - group) as f64;
         let left = match self.args.seconds {
@@ -393,16 +401,27 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    fn save(&mut self) -> Result<()> {
-        self.tally.seconds = self.before + self.began.elapsed().as_secs_f64();
+    /// With the group that was not done to the end.
+    fn shown(&self) -> Tally {
+        self.explained(self.ledger.shown())
+    }
+
+    fn explained(&self, mut tally: Tally) -> Tally {
         let mode = self.setup.mode;
-        self.tally.explained = (!mode.whole()).then(|| Explained::of(&self.tally, mode));
+        tally.explained = (!mode.whole()).then(|| Explained::of(&tally, mode));
+        tally
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.ledger
+            .took(self.before + self.began.elapsed().as_secs_f64());
         if let Some(path) = &self.args.json {
-            self.tally.write(path)?;
+            self.explained(self.ledger.whole().clone()).write(path)?;
         }
         if let Some(path) = &self.args.markdown {
-            let mut text = self.tally.table(true);
-            if let Some(explained) = &self.tally.explained {
+            let shown = self.shown();
+            let mut text = shown.table(true);
+            if let Some(explained) = &shown.explained {
                 text += &format!("\n{}", explained.markdown());
             }
             write(path, &text)?;

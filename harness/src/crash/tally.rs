@@ -106,6 +106,12 @@ impl Tally {
         let old: Tally = serde_json::from_slice(&text)
             .with_context(|| format!("{shown} is no result of fuse-restart crash"))?;
         ensure!(
+            old.kernel == new.kernel,
+            "{shown} is of the kernel {}; this one is {}: go on with it there, or begin anew",
+            old.kernel,
+            new.kernel
+        );
+        ensure!(
             (old.seed, &old.mode) == (new.seed, &new.mode),
             "{shown} is of seed {} and mode {:?}; this run is of seed {} and mode {:?}: give the same",
             old.seed,
@@ -159,6 +165,26 @@ impl Tally {
             .entry("oracle.run".into())
             .or_default()
             .add(Verdict::Broken, Expected::default());
+    }
+
+    /// The cases of another one with those of this.
+    pub fn sum(&mut self, other: &Tally) {
+        self.crashes += other.crashes;
+        for (dim, cells) in &other.cells {
+            let of_dim = self.cells.entry(dim.clone()).or_default();
+            for (name, cell) in cells {
+                of_dim.entry(name.clone()).or_default().sum(cell);
+            }
+        }
+    }
+
+    /// Once for each case: the same may fail again when its group is run again.
+    pub fn keep(&mut self, failure: Failure) {
+        let known = self.failures.iter_mut().find(|f| f.case == failure.case);
+        match known {
+            Some(known) => *known = failure,
+            None => self.failures.push(failure),
+        }
     }
 
     pub fn total(&self) -> Cell {
@@ -251,6 +277,7 @@ mod tests {
 
     fn tally() -> Tally {
         let mut tally = Tally {
+            kernel: "7.3.4".into(),
             seed: 3,
             mode: "whole".into(),
             ..Tally::default()
@@ -305,6 +332,15 @@ mod tests {
         assert_eq!(Tally::resume(&path, &one).unwrap().total(), one.total());
         let other = Tally { seed: 4, ..tally() };
         assert!(Tally::resume(&path, &other).is_err());
+        let kernel = Tally {
+            kernel: "7.4.0".into(),
+            ..tally()
+        };
+        let refused = Tally::resume(&path, &kernel).unwrap_err().to_string();
+        assert!(
+            refused.contains("7.3.4") && refused.contains("7.4.0"),
+            "{refused}"
+        );
         assert!(Tally::resume(&dir.path().join("none"), &one).is_err());
     }
 }

@@ -62,22 +62,29 @@ impl Recover for Recovery {
 
     fn finish(&mut self, state: &State, report: Option<&Report>) -> Result<(), ServerError> {
         reach("reported");
-        if let Some(report) = report {
+        let settled = report.map(|report| {
             // An owed outcome names no node here: its resend looks the name up again.
             let settled = state.settle(report, |_| Keep::Drop);
             for orphan in state.take_orphans() {
                 state.nodes().remove(orphan.nodeid);
             }
+            settled
+        });
+        reach("settled");
+        let graves = self.server.sweep_graves();
+        if let Some(settled) = settled {
+            // The crash matrix reads it: at rest all of these are 0.
             tracing::info!(
                 "{} nodes are not known to the kernel any more, {} were looked up another number \
-                 of times, {} outcomes are not owed any more",
+                 of times, {} outcomes are not owed any more, {graves} graves had no node, \
+                 {} handles had none either, {} handles are in the table",
                 settled.dropped,
                 self.differed,
-                settled.outcomes_dropped
+                settled.outcomes_dropped,
+                settled.handles_dropped,
+                state.handles().len()
             );
         }
-        reach("settled");
-        self.server.sweep_graves();
         reach("swept");
         tracing::info!("{} nodes in the table", state.nodes().len());
         Ok(())
@@ -299,12 +306,13 @@ impl Server {
         }
     }
 
-    /// Graves of nodes that the kernel does not hold any more.
-    pub fn sweep_graves(&self) {
-        for nodeid in self.yard.all() {
-            if self.state.nodes().get(nodeid).is_none() {
-                self.yard.release(nodeid);
-            }
+    /// Graves of nodes that the kernel does not hold any more; how many there were.
+    pub fn sweep_graves(&self) -> usize {
+        let mut graves = self.yard.all();
+        graves.retain(|nodeid| self.state.nodes().get(*nodeid).is_none());
+        for nodeid in &graves {
+            self.yard.release(*nodeid);
         }
+        graves.len()
     }
 }
