@@ -2,7 +2,7 @@
 //! One case: a fresh mount, the workload, the deaths, and what is to be seen of it afterwards.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
@@ -60,12 +60,12 @@ impl std::error::Error for Unreached {}
 pub fn run(setup: &Setup, dim: &Dim, workload: &Workload, deaths: Deaths<'_>) -> Result<Run> {
     let mut kept = Kept::start(setup, dim, workload, deaths)?;
     let blocks = !dim.writeback;
-    let logs = applications(&mut kept, setup, workload, blocks)?;
+    let logs = applications(&mut kept, workload, blocks)?;
     let died = wait_for_deaths(&mut kept, deaths)?;
     let seen = kept.table.all();
     let beside = seen.iter().filter(|seen| seen.beside > 0);
     let beside = beside.map(|seen| seen.name.clone()).collect();
-    let mounted = onlooker(&mut kept, setup, blocks)?;
+    let mounted = onlooker(&mut kept, blocks)?;
     kept.wait_until_idle()?;
     kept.check_restarts(died.len() as u64)?;
     let rest = match setup.mode.sign && kept_by_the_series(&kept)? {
@@ -93,7 +93,6 @@ fn kept_by_the_series(kept: &Kept) -> Result<bool> {
 
 fn applications(
     kept: &mut Kept,
-    setup: &Setup,
     workload: &Workload,
     blocks: bool,
 ) -> Result<Vec<(usize, Vec<String>)>> {
@@ -109,10 +108,11 @@ fn applications(
         })?;
         running.push((proc.id, child));
     }
-    let deadline = Instant::now() + setup.patience;
+    let files = running.iter().map(|(id, _)| kept.file(&format!("log{id}")));
+    let mut progress = Progress::begin(files.collect());
     let mut logs = Vec::new();
     for (id, child) in &mut running {
-        let ended = end_of(child, deadline, kept).with_context(|| {
+        let ended = end_of(child, &mut progress, kept).with_context(|| {
             format!(
                 "its last result: {}",
                 last_line(&kept.file(&format!("log{id}")))
@@ -142,16 +142,42 @@ fn how(status: WaitStatus) -> String {
     }
 }
 
-fn end_of(child: &mut Proc, deadline: Instant, kept: &Kept) -> Result<WaitStatus> {
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if child.ended_within(left.min(Duration::from_millis(200)))? {
-            return child.wait(Duration::from_secs(1));
+/// When it last was seen that things go on. Forty deaths take a slow machine minutes, and then nobody hangs.
+struct Progress {
+    logs: Vec<PathBuf>,
+    /// Bytes of the logs, deaths of the server.
+    last: (u64, u64),
+    since: Instant,
+}
+
+impl Progress {
+    fn begin(logs: Vec<PathBuf>) -> Progress {
+        Progress {
+            logs,
+            last: (0, 0),
+            since: Instant::now(),
         }
+    }
+
+    /// How long no process has had a result, and no server has died.
+    fn none_for(&mut self, deaths: u64) -> Duration {
+        let len = |log| fs::metadata(log).map_or(0, |log: fs::Metadata| log.len());
+        let now = (self.logs.iter().map(len).sum(), deaths);
+        if now != self.last {
+            self.last = now;
+            self.since = Instant::now();
+        }
+        self.since.elapsed()
+    }
+}
+
+fn end_of(child: &mut Proc, progress: &mut Progress, kept: &Kept) -> Result<WaitStatus> {
+    while !child.ended_within(Duration::from_millis(200))? {
         if interrupted() {
             bail!("interrupted");
         }
-        if left.is_zero() {
+        let deaths = kept.table.all().iter().map(|seen| seen.killed).sum();
+        if progress.none_for(deaths) > kept.setup().patience {
             bail!(
                 "{} hangs: {}\n      {}",
                 child.what,
@@ -160,6 +186,7 @@ fn end_of(child: &mut Proc, deadline: Instant, kept: &Kept) -> Result<WaitStatus
             );
         }
     }
+    child.wait(Duration::from_secs(1))
 }
 
 fn lines_of(path: &Path) -> Vec<String> {
@@ -206,14 +233,13 @@ fn wait_for_deaths(kept: &mut Kept, deaths: Deaths<'_>) -> Result<Vec<Kill>> {
 }
 
 /// The tree as a process sees it that has done nothing before.
-fn onlooker(kept: &mut Kept, setup: &Setup, blocks: bool) -> Result<Vec<String>> {
+fn onlooker(kept: &mut Kept, blocks: bool) -> Result<Vec<String>> {
     let (mnt, out) = (kept.mnt(), kept.file("tree"));
     let mut child = Proc::spawn("the onlooker", &[], || {
         let text = tree::of(&mnt, blocks).join("\n");
         i32::from(fs::write(&out, text).is_err())
     })?;
-    let deadline = Instant::now() + setup.patience;
-    let ended = end_of(&mut child, deadline, kept)?;
+    let ended = end_of(&mut child, &mut Progress::begin(Vec::new()), kept)?;
     if ended != WaitStatus::Exited(child.pid, 0) {
         bail!("the onlooker ended with {}", how(ended));
     }
@@ -255,6 +281,23 @@ fn lines_differ(what: &str, want: &[String], got: &[String]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_comes_further_does_not_hang_however_long_it_takes() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log0");
+        let mut progress = Progress::begin(vec![log.clone(), dir.path().join("none yet")]);
+        let a_while = Duration::from_millis(20);
+        let after_a_while = |progress: &mut Progress, deaths| {
+            std::thread::sleep(a_while);
+            progress.none_for(deaths)
+        };
+        assert!(after_a_while(&mut progress, 0) >= a_while);
+        fs::write(&log, "a result").unwrap();
+        assert!(after_a_while(&mut progress, 0) < a_while);
+        assert!(after_a_while(&mut progress, 1) < a_while, "a death");
+        assert!(after_a_while(&mut progress, 1) >= a_while);
+    }
 
     #[test]
     fn every_part_is_compared() {

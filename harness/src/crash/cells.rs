@@ -142,7 +142,7 @@ const RULES: &[Rule] = &[
     ),
     Rule(
         &["open", "opendir"],
-        &["open_by_handle_at"],
+        &["open_by_handle_at", "handle"],
         Cannot("opened again; `fh` comes from the handle table, which does not belong to the journal"),
     ),
     Rule(

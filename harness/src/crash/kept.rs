@@ -131,6 +131,10 @@ impl<'a> Kept<'a> {
             .arg("--");
     }
 
+    pub fn setup(&self) -> &Setup<'_> {
+        self.setup
+    }
+
     pub fn mnt(&self) -> PathBuf {
         self.dir.join("mnt")
     }

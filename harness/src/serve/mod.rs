@@ -3,6 +3,7 @@
 
 pub mod mem;
 pub mod passthrough;
+mod stop;
 mod store;
 
 use std::process::ExitCode;

@@ -95,6 +95,8 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let state = State::open(inherited.state, identity, &config(pages)).context(what)?;
     let state = Arc::new(state);
     let tree = Arc::new(Tree::open(state.clone()).context(what)?);
+    let device = inherited.device.try_clone().context("a descriptor")?;
+    super::stop::on_term(device, state.clone())?;
 
     let mut config = fuser::Config::default();
     config.acl = SessionACL::All;

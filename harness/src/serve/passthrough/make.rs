@@ -8,8 +8,6 @@ use std::os::unix::ffi::OsStrExt;
 use nix::errno::Errno;
 use rust_fuse_notify::std::state::{HandleKind, Slot};
 
-use crate::crash_points;
-
 use super::creds::Caller;
 use super::handle::Handle;
 use super::intent::{Intent, Place};
@@ -171,7 +169,6 @@ impl Server {
             Some(fh) => Ok(fh),
             None => self.new_handle(unique, entry.nodeid, flags, HandleKind::File, fd),
         };
-        crash_points::reach("handle");
         match fh {
             Ok(fh) => Ok(Created { entry, fh }),
             Err(e) => {

@@ -28,7 +28,6 @@ mod recover;
 mod remove;
 mod server;
 mod state;
-mod stop;
 mod sys;
 mod wire;
 
@@ -152,7 +151,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let first = state.nodes().is_empty();
 
     let state = Arc::new(state);
-    stop::on_term(wire::duplicate(inherited.device.as_fd())?, state.clone())?;
+    super::stop::on_term(wire::duplicate(inherited.device.as_fd())?, state.clone())?;
     let device = Device::new(wire::duplicate(inherited.device.as_fd())?, args.clone_fd);
     let opts = Options {
         writeback: args.writeback,

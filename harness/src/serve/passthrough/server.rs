@@ -168,6 +168,7 @@ impl Server {
             Errno::ENFILE
         })?;
         self.files.insert(fh, Arc::new(fd));
+        crash_points::reach("handle");
         Ok(fh)
     }
 
