@@ -102,7 +102,7 @@ impl Kept {
             _ => None,
         };
         // Stamps count new nodes and handles from 1 on. Should that number be lost with the rest, seconds since 1970
-        // are more than it can have come to.
+        // are more than it comes to in two days of ten thousand a second.
         let now = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(1 << 31, |time| time.as_secs());

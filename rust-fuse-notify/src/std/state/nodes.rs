@@ -2,7 +2,7 @@
 //! The node table: which nodeid names which file, and how often the kernel looked it up.
 //!
 //! A nodeid is the number of a slot and, in its upper half, a stamp that is never given twice (short of 2^32 new
-//! nodes), so a slot can be used again without its old nodeid ever naming another file. The root is slot 1 with
+//! nodes and handles), so a slot can be used again without its old nodeid ever naming another file. The root is slot 1 with
 //! stamp 0; slot 0 stays free, so that no nodeid is 0.
 
 use std::collections::hash_map::RandomState;
