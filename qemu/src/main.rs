@@ -20,6 +20,7 @@ mod paths;
 mod rfc;
 mod setup;
 mod splat;
+mod splat_signs;
 mod suite;
 mod ui;
 mod vm;

@@ -3,6 +3,8 @@
 //! reports of WARN, BUG, lockdep, KASAN, UBSAN, kmemleak, the hung-task and
 //! stall detectors, panics, and failed KUnit tests.
 
+use crate::splat_signs::{INSIDE, STARTS};
+
 /// Reports found in a log: where the first begins, and all their headlines.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Splats {
@@ -10,48 +12,6 @@ pub struct Splats {
     /// The first report with what surrounds it, for printing.
     pub text: String,
 }
-
-/// A line of the log that begins a report begins (after its time stamp) so.
-const STARTS: &[&str] = &[
-    "WARNING: ",
-    "BUG: ",
-    "BUG ", // SLUB: "BUG kmalloc-64 (Not tainted): Poison overwritten"
-    "Oops",
-    "INFO: possible ",
-    "INFO: trying to register",
-    "INFO: lockdep",
-    "INFO: suspicious",
-    "INFO: task ",
-    "INFO: rcu",
-    "rcu: INFO: ",
-    "UBSAN: ",
-    "ODEBUG: ",
-    "kernel BUG at ",
-    "watchdog: BUG",
-    "unreferenced object ",
-    "list_add corruption",
-    "list_del corruption",
-    "VFS: Busy inodes",
-    "VFS: Close: file count",
-    "general protection fault",
-    "stack segment:",
-    "invalid opcode:",
-    "divide error:",
-    "double fault:",
-    "unchecked MSR access",
-];
-
-/// Anywhere in the line.
-const INSIDE: &[&str] = &[
-    "Kernel panic - not syncing",
-    "kernel BUG at ",
-    "BUG: KASAN",
-    "new suspected memory leaks",
-    "Segfault with no mm",
-    "DEBUG_LOCKS_WARN_ON",
-    "detected stalls on CPU",
-    "self-detected stall on CPU",
-];
 
 /// Looks a whole log through.
 pub fn find(log: &str) -> Option<Splats> {

@@ -5,41 +5,9 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 
-/// Beginnings of reports, as in `qemu/src/splat.rs`.
-const STARTS: &[&str] = &[
-    "WARNING: ",
-    "BUG: ",
-    "BUG ",
-    "Oops",
-    "INFO: ",
-    "rcu: INFO: ",
-    "UBSAN: ",
-    "ODEBUG: ",
-    "watchdog: BUG",
-    "unreferenced object ",
-    "list_add corruption",
-    "list_del corruption",
-    "VFS: Busy inodes",
-    "VFS: Close: file count",
-    "general protection fault",
-    "stack segment:",
-    "invalid opcode:",
-    "divide error:",
-    "double fault:",
-    "unchecked MSR access",
-];
-
-/// Anywhere in the line; these too.
-const INSIDE: &[&str] = &[
-    "Kernel panic - not syncing",
-    "kernel BUG at ",
-    "BUG: KASAN",
-    "new suspected memory leaks",
-    "Segfault with no mm",
-    "DEBUG_LOCKS_WARN_ON",
-    "detected stalls on CPU",
-    "self-detected stall on CPU",
-];
+#[path = "../../../qemu/src/splat_signs.rs"]
+mod splat_signs;
+use splat_signs::{INSIDE, STARTS};
 
 pub struct Log(Option<File>);
 

@@ -15,8 +15,12 @@ impl State {
         match step {
             Step::Lookup(file) => self.send(m, app, Op::Lookup(file), None),
             Step::Create(file) => self.send(m, app, Op::Create(file), None),
-            Step::Touch if inode.is_none() || self.is_bad(inode) => self.apps[at].step += 1,
+            Step::Touch if !self.apps[at].built => {
+                self.apps[at].built = inode.is_some() && !self.is_bad(inode);
+                self.apps[at].step += u8::from(!self.apps[at].built);
+            }
             Step::Touch => {
+                self.apps[at].built = false;
                 let key = inode.expect("checked above");
                 let i = *self.inode(key).expect("a used inode is there");
                 let op = Op::Touch {
@@ -83,7 +87,8 @@ impl State {
     fn iget(&mut self, m: &Size, file: u8, gen: u8, stamp: u32) -> Option<Key> {
         let epoch = self.epoch();
         let late = stamp != epoch;
-        if late && !matches!(m.seed, Some(Seed::CountLate | Seed::BornLate)) {
+        let broken = [Seed::CountLate, Seed::BornLate, Seed::StaleLate];
+        if late && !m.seed.is_some_and(|seed| broken.contains(&seed)) {
             return None;
         }
         let known = self
@@ -106,6 +111,11 @@ impl State {
             // fuse_stale_inode()
             inode.bad = true;
             inode.hashed = false;
+            // The server that serves has given it out, or confirmed it.
+            let served = inode.lookup_epoch == epoch;
+            if late && served {
+                self.fail(Fault::WrongError);
+            }
         }
         if late && m.seed != Some(Seed::BornLate) {
             return None;

@@ -218,7 +218,7 @@ impl Size {
             }
             Action::Evicted(index) => s.evicted(self, index),
             Action::Run => s.run(self),
-            Action::Dequeue => s.dequeue(self),
+            Action::Dequeue => s.dequeue(),
             Action::Read { index, copied } => {
                 if let Some(rid) = s.read_end(self, index, copied) {
                     s.read(rid);

@@ -44,6 +44,9 @@ impl State {
         if !self.kernel.connected {
             return self.end(rid, Answer::Aborted);
         }
+        if self.is_revoked(m, rid) {
+            return self.end(rid, Answer::Io);
+        }
         if Self::is_internal(rid) {
             if !self.replay_is_current(rid) {
                 return self.end(rid, Answer::Void);
@@ -55,6 +58,12 @@ impl State {
             return self.kernel.held.push(rid);
         }
         self.kernel.pending.push(rid);
+    }
+
+    /// `fuse_queue_bad()`: the inode became bad after the request was built.
+    fn is_revoked(&mut self, m: &Size, rid: Rid) -> bool {
+        let inode = self.req(rid).inode;
+        self.is_bad(inode) && m.seed != Some(Seed::BadBeforeSendOnly)
     }
 
     /// `fuse_request_end()`.
@@ -110,6 +119,14 @@ impl State {
         if m.seed != Some(Seed::Unsorted) {
             sorted.sort_by_key(|rid| self.req(*rid).id());
         }
+        if m.seed != Some(Seed::BadNotInHeld) {
+            let (bad, good): (Vec<_>, Vec<_>) =
+                sorted.into_iter().partition(|rid| self.is_revoked(m, *rid));
+            for rid in bad {
+                self.end(rid, Answer::Io);
+            }
+            sorted = good;
+        }
         for rid in &sorted {
             if ids::is_resent(self.req(*rid).unique) {
                 self.mark_resent(m, *rid);
@@ -129,16 +146,13 @@ impl State {
         ids.filter(|id| *id < REPLAYS).min().unwrap_or(0)
     }
 
-    /// `fuse_dev_do_read()`, until it gives up `fiq->lock` and has looked for bad inodes.
-    pub fn dequeue(&mut self, m: &Size) {
+    /// `fuse_dev_do_read()`, until it gives up `fiq->lock`.
+    pub fn dequeue(&mut self) {
         let rid = self.kernel.pending.remove(0);
         let epoch = self.epoch();
         let req = self.req(rid);
         req.epoch = epoch;
-        let (inode, id, was_held) = (req.inode, req.id(), req.was_held);
-        if self.is_bad(inode) && m.seed != Some(Seed::BadBeforeSendOnly) {
-            return self.end(rid, Answer::Io);
-        }
+        let (id, was_held) = (req.id(), req.was_held);
         if was_held {
             if id < self.kernel.delivered {
                 self.fail(Fault::Order);

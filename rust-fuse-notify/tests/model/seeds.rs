@@ -15,7 +15,7 @@ pub enum Seed {
     CountLate,
     /// A late LOOKUP makes an inode, which was shown to no server.
     BornLate,
-    /// Bad inodes are noticed before a request is sent, not when it is read.
+    /// Bad inodes are noticed when a request is built, not when it is queued or RELEASE finds it held.
     BadBeforeSendOnly,
     /// The report does not wait for requests in transit.
     ReportUnsettled,
@@ -27,6 +27,10 @@ pub enum Seed {
     SweepReplays,
 
     // Beyond the list of the issue.
+    /// RELEASE does not look at what is held.
+    BadNotInHeld,
+    /// A late LOOKUP says what generation an inode has that is there already.
+    StaleLate,
     /// A FORGET is queued whatever its epoch.
     ForgetAnyEpoch,
     /// Requests are handed over in the order in which the sweep found them.
@@ -69,7 +73,7 @@ const fn row(seed: Seed, size: &'static str, property: &'static str) -> Row {
 }
 
 /// All of them.
-pub const TABLE: [Row; 20] = [
+pub const TABLE: [Row; 22] = [
     row(Seed::KeepForgets, "counts", COUNTS),
     row(Seed::CountLate, "counts", COUNTS),
     row(Seed::BornLate, "counts", UNTOLD),
@@ -78,6 +82,8 @@ pub const TABLE: [Row; 20] = [
     row(Seed::DeliverEarly, "orders", SUCCESSOR),
     row(Seed::ResendBitOnly, "twice", REPLY),
     row(Seed::SweepReplays, "twice", WAITS),
+    row(Seed::BadNotInHeld, "orders", SUCCESSOR),
+    row(Seed::StaleLate, "successor", ERRORS),
     row(Seed::ForgetAnyEpoch, "counts", COUNTS),
     row(Seed::Unsorted, "counts", ORDER),
     row(Seed::ReaderIgnoresEpoch, "orders", WAITS),

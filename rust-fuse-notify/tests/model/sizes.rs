@@ -94,6 +94,7 @@ impl Size {
                 App {
                     step: 0,
                     inode: None,
+                    built: false,
                     req: None,
                 };
                 self.scripts.len()

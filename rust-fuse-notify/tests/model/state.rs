@@ -249,6 +249,8 @@ pub struct Store {
 pub struct App {
     pub step: u8,
     pub inode: Option<Key>,
+    /// It has looked whether its inode is bad, built its request, and waits for a lock, say.
+    pub built: bool,
     pub req: Option<Req>,
 }
 

@@ -64,6 +64,9 @@ pub fn tell(before: &State, action: Action, after: &State) -> String {
     match action {
         Action::Go(app) => match after.apps[usize::from(app)].req {
             Some(req) => format!("application {app} sends a {}, id {}", op(req.op), req.id()),
+            None if after.apps[usize::from(app)].built => {
+                format!("application {app} builds a request, and has yet to queue it")
+            }
             None => format!("application {app} goes on"),
         },
         Action::Consume(app) => match before.apps[usize::from(app)].req.and_then(|r| r.answer) {
