@@ -6,7 +6,7 @@
 //! [`survives`]: what else lives on. `points`: it is killed at chosen moments (cargo feature
 //! `crash-points`); `poison`: requests that kill it each time, or are never answered. [`refusals`]: what it says when it
 //! cannot serve. [`discarded`]: it goes on without a state. [`mem`]: `fuse-restart serve mem`, the same way. [`older`]: a
-//! kernel without the series. [`examples`]: those of the crate.
+//! kernel without the series. [`upgrade`]: what is known before a server is replaced. [`examples`]: those of the crate.
 
 mod calls;
 mod crash;
@@ -27,3 +27,4 @@ mod refusals;
 mod served;
 mod snapshot;
 mod survives;
+mod upgrade;

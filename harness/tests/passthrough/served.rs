@@ -272,8 +272,15 @@ impl Served {
     }
 
     pub fn server_pid(&self) -> Pid {
-        let started = self.events("started");
-        Pid::from_raw(started.last().expect("started")["pid"].as_i64().unwrap() as i32)
+        // It can answer before the keeper has written down that it was started.
+        wait_for("the keeper to say that it started a server", || {
+            let pid = self.events("started").last()?["pid"].as_i64()?;
+            Some(Pid::from_raw(pid as i32))
+        })
+    }
+
+    pub fn keeper_pid(&self) -> Pid {
+        Pid::from_raw(self.keeper.id() as i32)
     }
 
     /// Kills the server and waits until its successor was started.
@@ -308,9 +315,35 @@ impl Served {
         });
     }
 
+    /// Between fork(2) and exec(2) a child of any test has what all the others have open.
+    fn is_open_in_a_child(&self) -> bool {
+        let (me, mnt) = (fs::read_link("/proc/self/exe").unwrap(), self.mnt());
+        let children = fs::read_dir("/proc/self/task")
+            .unwrap()
+            .flatten()
+            .flat_map(|task| {
+                let pids = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+                pids.split_whitespace()
+                    .map(|pid| Path::new("/proc").join(pid))
+                    .collect::<Vec<_>>()
+            });
+        children
+            .filter(|child| fs::read_link(child.join("exe")).is_ok_and(|exe| exe == me))
+            .flat_map(|child| {
+                fs::read_dir(child.join("fd"))
+                    .into_iter()
+                    .flatten()
+                    .flatten()
+            })
+            .any(|fd| fs::read_link(fd.path()).is_ok_and(|path| path.starts_with(&mnt)))
+    }
+
     /// Stops the keeper in the regular way and gives the backing back.
     pub fn unmount(mut self) -> Scratch {
-        kill(Pid::from_raw(self.keeper.id() as i32), Signal::SIGTERM).unwrap();
+        wait_for("children of other tests to be on their own", || {
+            (!self.is_open_in_a_child()).then_some(())
+        });
+        kill(self.keeper_pid(), Signal::SIGTERM).unwrap();
         let status = wait_for("the keeper to unmount and end", || {
             assert!(
                 self.events("busy").is_empty(),

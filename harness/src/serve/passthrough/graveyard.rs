@@ -28,17 +28,20 @@ pub struct Graveyard {
 }
 
 impl Graveyard {
+    /// For who removes nothing.
+    pub fn none() -> Graveyard {
+        Graveyard {
+            dir: None,
+            inside: Mutex::default(),
+        }
+    }
+
     /// Opens the hidden directory below `root`, making it if need be, and takes stock of it.
     pub fn open(root: BorrowedFd<'_>) -> anyhow::Result<Graveyard> {
         let shown = NAME.to_string_lossy();
         match sys::mkdir_at(root, NAME, 0o700) {
             Ok(()) | Err(Errno::EEXIST) => {}
-            Err(Errno::EROFS) => {
-                return Ok(Graveyard {
-                    dir: None,
-                    inside: Mutex::default(),
-                })
-            }
+            Err(Errno::EROFS) => return Ok(Graveyard::none()),
             Err(e) => bail!("cannot make {shown} in the backing directory: {}", e.desc()),
         }
         let dir =

@@ -26,6 +26,7 @@ mod nodes;
 mod open;
 mod recover;
 mod remove;
+mod self_test;
 mod server;
 mod state;
 mod sys;
@@ -99,9 +100,15 @@ pub struct Args {
     /// Only check that this binary can serve the directory, and exit
     ///
     /// Touches no descriptor of a mount, so it can run beside the server that it is to replace. For upgrades: replace
-    /// a server only by one that passes.
+    /// a server only by one that passes, with the options that it is to have.
     #[arg(long)]
     self_test: bool,
+    /// With --self-test: check also that this binary can go on with the mount of that server, or of its keeper
+    ///
+    /// Only reads its state: whether that is of a version that this binary knows and of this directory, and whether
+    /// the kernel would be told the same as at the mount.
+    #[arg(long, value_name = "PID", requires = "self_test", value_parser = clap::value_parser!(i32).range(1..))]
+    replacing: Option<i32>,
     /// The directory to serve
     backing: PathBuf,
 }
@@ -117,6 +124,26 @@ impl Args {
 impl Args {
     fn unsigned(&self) -> bool {
         false
+    }
+}
+
+impl Args {
+    fn options(&self) -> Options {
+        Options {
+            writeback: self.writeback,
+            timeout: Duration::from_secs_f64(self.timeout),
+            discard: self.discard_state,
+            journal: !self.no_journal,
+            sign: !self.unsigned(),
+        }
+    }
+
+    fn session(&self) -> fuser::Config {
+        let mut config = fuser::Config::default();
+        config.acl = SessionACL::All;
+        config.n_threads = Some(usize::from(self.threads));
+        config.clone_fd = self.clone_fd;
+        config
     }
 }
 
@@ -138,8 +165,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         bail!("/proc is not mounted: the server reaches open files through /proc/self/fd");
     }
     if args.self_test {
-        tracing::info!("{shown} can be served by this binary");
-        return Ok(ExitCode::SUCCESS);
+        return self_test::run(args, backing, nofile);
     }
     let inherited = store::inherit_or_mount(args.mountpoint.as_deref())?;
     let identity = Identity(backing.identity);
@@ -153,13 +179,6 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let state = Arc::new(state);
     super::stop::on_term(wire::duplicate(inherited.device.as_fd())?, state.clone())?;
     let device = Device::new(wire::duplicate(inherited.device.as_fd())?, args.clone_fd);
-    let opts = Options {
-        writeback: args.writeback,
-        timeout: Duration::from_secs_f64(args.timeout),
-        discard: args.discard_state,
-        journal: !args.no_journal,
-        sign: !args.unsigned(),
-    };
     if args.no_journal {
         tracing::warn!(
             "--no-journal: nothing is promised of changes that are under way when this server dies, \
@@ -171,7 +190,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         yard,
         state.clone(),
         device,
-        opts,
+        args.options(),
         nofile,
     ));
     state.nodes().set_root(&server.describe_root()?);
@@ -180,10 +199,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         server.sweep_graves();
     }
 
-    let mut config = fuser::Config::default();
-    config.acl = SessionACL::All;
-    config.n_threads = Some(usize::from(args.threads));
-    config.clone_fd = args.clone_fd;
+    let config = args.session();
     let filesystem = Watched::new(fs::Passthrough(server.clone()), state.clone());
     let recovery = crash_points::begin(if first { "adopt" } else { "recover" });
     let adopted = Adopt::new(inherited.device, state)

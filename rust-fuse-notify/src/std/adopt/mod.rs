@@ -19,6 +19,7 @@
 mod error;
 mod handshake;
 mod recovery;
+mod rehearse;
 
 #[cfg(test)]
 mod crash_tests;
@@ -37,6 +38,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 pub use error::AdoptError;
+pub use rehearse::{rehearse, RehearseError};
 
 use super::device;
 use super::message::{Replay, Report};

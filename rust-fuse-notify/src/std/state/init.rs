@@ -8,13 +8,54 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::header::{
     ANSWERED_AT, REPLY_AT, REPLY_LEN_AT, REPLY_MAX, REQUEST_AT, REQUEST_LEN_AT, REQUEST_MAX,
 };
 use super::region::Region;
+use super::StateError;
 use crate::std::wire::{InHeader, FUSE_INIT};
+
+/// Both messages, read from a memfd that may be mapped elsewhere: no server changes them once INIT is answered.
+pub(super) fn pair_in(fd: BorrowedFd<'_>) -> Result<(Vec<u8>, Vec<u8>), StateError> {
+    let message = |len: usize, at: usize, max: usize, what| {
+        if !(1..=max).contains(&len) {
+            return Err(StateError::NoHandshake(what));
+        }
+        let mut bytes = vec![0; len];
+        read_exact_at(fd, &mut bytes, at)?;
+        Ok(bytes)
+    };
+    // The request says its length itself, and the word for it can be missing, see `InitStore::request()`.
+    let mut request = InHeader::default();
+    read_exact_at(fd, request.as_mut_bytes(), REQUEST_AT)?;
+    let mut reply = [0; 8];
+    read_exact_at(fd, &mut reply, REPLY_LEN_AT)?;
+    let reply = u64::from_ne_bytes(reply) as usize;
+    Ok((
+        message(
+            request.len as usize,
+            REQUEST_AT,
+            REQUEST_MAX,
+            "the length of INIT is wrong",
+        )?,
+        message(
+            reply,
+            REPLY_AT,
+            REPLY_MAX,
+            "the length of the answer to INIT is wrong",
+        )?,
+    ))
+}
+
+fn read_exact_at(fd: BorrowedFd<'_>, bytes: &mut [u8], at: usize) -> Result<(), StateError> {
+    match nix::sys::uio::pread(fd, bytes, at as i64) {
+        Ok(got) if got == bytes.len() => Ok(()),
+        Ok(_) => Err(StateError::NoHandshake("the file is too short")),
+        Err(errno) => Err(StateError::io("reading")(errno)),
+    }
+}
 
 /// INIT and its answer.
 #[derive(Debug)]

@@ -181,6 +181,24 @@ impl State {
         }
     }
 
+    /// The INIT of the kernel and its answer, from a memfd that another process may use; changes nothing. `None`: it was
+    /// not answered yet.
+    pub(crate) fn handshake_in(
+        fd: BorrowedFd<'_>,
+        identity: Identity,
+    ) -> Result<Option<(Vec<u8>, Vec<u8>)>, StateError> {
+        match header::inspect(fd, size_of_file(fd)?)? {
+            Found::State {
+                identity: found, ..
+            } if found != identity => Err(StateError::WrongIdentity {
+                found,
+                ours: identity,
+            }),
+            Found::State { answered: true, .. } => init::pair_in(fd).map(Some),
+            _ => Ok(None),
+        }
+    }
+
     /// Maps the memfd and checks it; an empty one is laid out for `config`, another keeps its own capacities.
     ///
     /// `identity` names the file system, 128 bits that no other has, say a UUID, and the same in every
