@@ -36,12 +36,11 @@ pub fn rehearse<S: AsFd>(
     identity: Identity,
     session: impl FnOnce(OwnedFd) -> io::Result<S>,
 ) -> Result<(), RehearseError> {
-    let (request, stored) =
-        State::handshake_in(memfd, identity)?.ok_or(RehearseError::NotServed)?;
-    handshake::check_request(&request)?;
-    let (_, reply) = handshake::play(&request, session)?;
+    let kept = State::handshake_in(memfd, identity)?.ok_or(RehearseError::NotServed)?;
+    handshake::check_request(&kept.request)?;
+    let (_, reply) = handshake::play(&kept.request, session)?;
     handshake::compare(
-        &handshake::reply_body(&stored),
+        &handshake::reply_body(&kept.reply),
         &handshake::reply_body(&reply),
     )?;
     Ok(())

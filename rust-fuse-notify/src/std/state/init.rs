@@ -17,8 +17,15 @@ use super::region::Region;
 use super::StateError;
 use crate::std::wire::{InHeader, FUSE_INIT};
 
+/// The kernel's INIT and the answer to it, with their headers.
+#[derive(Debug)]
+pub(crate) struct Pair {
+    pub(crate) request: Vec<u8>,
+    pub(crate) reply: Vec<u8>,
+}
+
 /// Both messages, read from a memfd that may be mapped elsewhere: no server changes them once INIT is answered.
-pub(super) fn pair_in(fd: BorrowedFd<'_>) -> Result<(Vec<u8>, Vec<u8>), StateError> {
+pub(super) fn pair_in(fd: BorrowedFd<'_>) -> Result<Pair, StateError> {
     let message = |len: usize, at: usize, max: usize, what| {
         if !(1..=max).contains(&len) {
             return Err(StateError::NoHandshake(what));
@@ -33,20 +40,20 @@ pub(super) fn pair_in(fd: BorrowedFd<'_>) -> Result<(Vec<u8>, Vec<u8>), StateErr
     let mut reply = [0; 8];
     read_exact_at(fd, &mut reply, REPLY_LEN_AT)?;
     let reply = u64::from_ne_bytes(reply) as usize;
-    Ok((
-        message(
+    Ok(Pair {
+        request: message(
             request.len as usize,
             REQUEST_AT,
             REQUEST_MAX,
             "the length of INIT is wrong",
         )?,
-        message(
+        reply: message(
             reply,
             REPLY_AT,
             REPLY_MAX,
             "the length of the answer to INIT is wrong",
         )?,
-    ))
+    })
 }
 
 fn read_exact_at(fd: BorrowedFd<'_>, bytes: &mut [u8], at: usize) -> Result<(), StateError> {

@@ -186,7 +186,7 @@ impl State {
     pub(crate) fn handshake_in(
         fd: BorrowedFd<'_>,
         identity: Identity,
-    ) -> Result<Option<(Vec<u8>, Vec<u8>)>, StateError> {
+    ) -> Result<Option<init::Pair>, StateError> {
         match header::inspect(fd, size_of_file(fd)?)? {
             Found::State {
                 identity: found, ..
