@@ -8,6 +8,7 @@ use super::build_program;
 use crate::guest::OUT_FILE;
 use crate::paths::Paths;
 use crate::ui;
+use crate::vm::runner::Ended;
 use crate::vm::{self, BackendName, KernelName};
 use anyhow::{ensure, Context, Result};
 use clap::Args;
@@ -210,13 +211,17 @@ fn one(paths: &Paths, program: &Path, row: &Row) -> Result<Verdict> {
         argv: argv.map(str::to_owned).into(),
         ..vm::Options::default()
     };
-    let code = vm::run(paths, &options)?;
+    let ended = vm::run_to_end(paths, &options)?;
     let json = std::fs::read(&out).unwrap_or_default();
     let _ = std::fs::remove_file(&out);
-    Ok(judge(code, &json))
+    Ok(judge(&ended, &json))
 }
 
-fn judge(code: u8, json: &[u8]) -> Verdict {
+fn judge(ended: &Ended, json: &[u8]) -> Verdict {
+    if !ended.began {
+        // The mutant is made after the boot.
+        return Verdict::Nothing("the guest did not come up".into());
+    }
     let told: Option<Summary> = serde_json::from_slice(json).ok();
     let failed = told.as_ref().and_then(|s| {
         let bad = s.scenarios.iter().find(|o| o.verdict == "fail")?;
@@ -225,7 +230,7 @@ fn judge(code: u8, json: &[u8]) -> Verdict {
     let passed = told
         .as_ref()
         .is_some_and(|s| s.scenarios.iter().any(|o| o.verdict == "pass"));
-    match (code, failed, passed) {
+    match (ended.code, failed, passed) {
         (vm::EXIT_REPORT, why, _) => Verdict::Noticed(format!(
             "the kernel complains{}",
             why.map(|w| format!(" ({w})")).unwrap_or_default()
@@ -325,14 +330,36 @@ no | `a` | `b` |
             format!(r#"{{"scenarios":[{{"verdict":"{verdict}","reason":"why\nmore"}}]}}"#)
                 .into_bytes()
         };
-        assert_eq!(judge(1, &json("fail")), Verdict::Noticed("why".into()));
-        assert_eq!(judge(0, &json("pass")), Verdict::Survived);
-        assert!(matches!(judge(0, &json("skip")), Verdict::Nothing(_)));
-        assert!(matches!(judge(125, b""), Verdict::Nothing(_)));
-        assert!(matches!(
-            judge(vm::EXIT_REPORT, &json("pass")),
-            Verdict::Noticed(_)
-        ));
-        assert!(matches!(judge(vm::EXIT_TIMEOUT, b""), Verdict::Noticed(_)));
+        let judge = |code, json: &[u8]| {
+            let ended = Ended {
+                code,
+                complaints: 0,
+                began: true,
+            };
+            (
+                judge(&ended, json),
+                judge(
+                    &Ended {
+                        began: false,
+                        ..ended
+                    },
+                    json,
+                ),
+            )
+        };
+        let noticed = |why: &str| Verdict::Noticed(why.into());
+        assert_eq!(judge(1, &json("fail")).0, noticed("why"));
+        assert_eq!(judge(0, &json("pass")).0, Verdict::Survived);
+        assert!(matches!(judge(0, &json("skip")).0, Verdict::Nothing(_)));
+        assert!(matches!(judge(125, b"").0, Verdict::Nothing(_)));
+        // A panic at boot is none of the mutant's.
+        for (code, json) in [
+            (vm::EXIT_REPORT, json("pass")),
+            (vm::EXIT_TIMEOUT, Vec::new()),
+        ] {
+            let (began, did_not) = judge(code, &json);
+            assert!(matches!(began, Verdict::Noticed(_)), "{began:?}");
+            assert!(matches!(did_not, Verdict::Nothing(_)), "{did_not:?}");
+        }
     }
 }

@@ -50,6 +50,8 @@ pub struct Outcome {
     pub reports: Vec<String>,
     /// How many there are: headlines in the kernel's log, leaks, and the rest of `reports`.
     pub complaints: usize,
+    /// The guest came to the command.
+    pub began: bool,
     pub log_tail: String,
 }
 
@@ -73,6 +75,8 @@ pub struct Ended {
     pub code: u8,
     /// Of the kernel and its checkers.
     pub complaints: usize,
+    /// The guest came to the command: what went wrong before cannot come from that.
+    pub began: bool,
 }
 
 /// Boots, runs, prints what is to be said, keeps the log of a failed run.
@@ -114,6 +118,7 @@ pub fn run(paths: &Paths, opts: &Options, backend: &dyn Backend, kernel: &Built)
     Ok(Ended {
         code: outcome.exit_code(),
         complaints: outcome.complaints,
+        began: outcome.began,
     })
 }
 
@@ -126,7 +131,7 @@ pub fn boot(
 ) -> Result<Outcome> {
     catch_signals()?;
     let run_dir = RunDir::new(paths)?;
-    let exe = std::env::current_exe().context("my own path")?;
+    let exe = own_binary(std::env::current_exe().context("my own path")?)?;
     let job = super::job(paths, opts, backend, &exe, &run_dir.path)?;
     fs::write(
         run_dir.path.join("job.json"),
@@ -193,11 +198,24 @@ pub fn boot(
     if let Some(to) = &opts.log {
         fs::write(to, &text).with_context(|| format!("--log {}", to.display()))?;
     }
-    let outcome = judge(end, &text, line.reports, &log);
+    let outcome = Outcome {
+        began: line.ready,
+        ..judge(end, &text, line.reports, &log)
+    };
     if outcome.exit_code() == 0 || opts.quiet {
         run_dir.remove();
     }
     Ok(outcome)
+}
+
+/// The guest's init is this program, under its own name.
+fn own_binary(path: PathBuf) -> Result<PathBuf> {
+    anyhow::ensure!(
+        path.exists(),
+        "this program was replaced while it ran (built anew?), so no guest can start it: {}; run the command again",
+        path.display()
+    );
+    Ok(path)
 }
 
 /// Our end of the line, and the guest's if it inherits one.
@@ -257,6 +275,7 @@ fn judge(end: End, log: &str, checkers: Vec<String>, log_path: &Path) -> Outcome
     Outcome {
         end,
         complaints: reports.len() + more_headlines,
+        began: true,
         reports,
         log_tail,
     }
@@ -506,6 +525,16 @@ mod tests {
             judge(End::Signal(2), "", vec![], Path::new("l")).exit_code(),
             130
         );
+    }
+
+    #[test]
+    fn who_was_replaced_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let there = dir.path().join("vm");
+        fs::write(&there, "").unwrap();
+        assert_eq!(own_binary(there.clone()).unwrap(), there);
+        let gone = own_binary(dir.path().join("vm (deleted)")).unwrap_err();
+        assert!(gone.to_string().contains("was replaced"), "{gone}");
     }
 
     #[test]
