@@ -2,10 +2,14 @@
 //! Memory whose first touch sleeps until it is filled or the process is killed: a buffer for `read(2)` and `write(2)` of
 //! a server that dies inside them, or sleeps there for very long.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
+use nix::poll::PollFlags;
+
+use super::dev::poll_one;
 
 #[repr(C)]
 #[derive(Default)]
@@ -57,7 +61,8 @@ unsafe impl Sync for Abyss {}
 impl Abyss {
     pub fn new(len: usize) -> Result<Abyss> {
         // SAFETY: userfaultfd takes an integer and returns a descriptor or an error.
-        let uffd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+        let uffd =
+            unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
         let uffd = Errno::result(uffd).context("userfaultfd")? as RawFd;
         // SAFETY: it was just made, and nobody else has it.
         let owned = unsafe { OwnedFd::from_raw_fd(uffd) };
@@ -92,6 +97,12 @@ impl Abyss {
             len,
             uffd: owned,
         })
+    }
+
+    /// Whether somebody sleeps there.
+    pub fn is_awaited(&self) -> Result<bool> {
+        let ready = poll_one(self.uffd.as_fd(), PollFlags::POLLIN, Duration::ZERO)?;
+        Ok(ready.contains(PollFlags::POLLIN))
     }
 
     /// Brings it, beginning with `head`: who sleeps there wakes up. Only once.

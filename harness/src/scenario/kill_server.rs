@@ -16,6 +16,7 @@ use crate::raw::dev::Device;
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::ops::{self, Done};
+use crate::raw::trap::Trap;
 use crate::raw::wait::wait_for;
 use crate::raw::wire::{init, notify, op, DeleteOut, InvalEntryOut, InvalInodeOut, StoreOut, ROOT};
 
@@ -122,7 +123,7 @@ pub fn scenarios() -> Vec<Scenario> {
     all
 }
 
-fn say_inval_inode(dev: &Device, nodeid: u64) -> Done<()> {
+pub fn say_inval_inode(dev: &Device, nodeid: u64) -> Done<()> {
     let all = InvalInodeOut {
         ino: nodeid,
         off: 0,
@@ -245,8 +246,19 @@ fn behind_unmount(env: &Env<'_>) -> Result<()> {
     ensure!(kit.run("close", move || ops::close(fd))? == Ok(()), "close");
     first.tell()?;
     first.wait_inside(&kit)?;
+    let trap = Trap::arm_if_any("unmount")?;
     let mnt = kit.mnt.clone();
     let umount = kit.app("umount", move || umount2(&mnt, MntFlags::empty()))?;
+    if let Some(trap) = trap {
+        // It has slept before, for the mount table.
+        trap.wait(kit.patience)?;
+        umount.wait_asleep(kit.patience)?;
+        let before = umount.times_asleep()?;
+        trap.go();
+        wait_for("umount to wait again", kit.patience, || {
+            Ok(umount.times_asleep()? > before)
+        })?;
+    }
     umount.wait_asleep(kit.patience)?;
     ensure!(!umount.done(), "umount did not wait for the notification");
     second.tell()?;

@@ -6,10 +6,11 @@ use std::os::fd::RawFd;
 
 use anyhow::{ensure, Context, Result};
 use libc::{S_IFDIR, S_IFREG};
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 
-use super::help::{open, populated, still_serves};
-use super::lost::{drop_node, succeed};
+use super::help::{expect_errno, expect_report, open, populated, still_serves};
+use super::lost::{drop_node, node, succeed};
 use super::Scenario;
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
@@ -28,6 +29,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "late/nodeid-reused-listed",
             "nor does a listing",
             nodeid_reused_listed,
+        ),
+        Scenario::series(
+            "late/held-of-bad",
+            "a held request of a file that was bad before does not get to the one that has its nodeid",
+            held_of_bad,
         ),
         Scenario::series(
             "late/listing",
@@ -127,6 +133,30 @@ fn nodeid_reused_listed(env: &Env<'_>) -> Result<()> {
         still_serves(&mut kit)?;
     }
     Ok(())
+}
+
+/// It is the server itself that says so before it dies: nothing is revoked in the recovery.
+fn held_of_bad(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 1)?;
+    let f0 = node(&kit, "f0")?;
+    let fd = open(&mut kit, "f0", OFlag::O_WRONLY)?;
+    let write = kit.app("write", move || ops::pwrite(fd, b"lost", 0))?;
+    kit.until_op(op::WRITE)?;
+    reuse(&mut kit, "successor", f0, true, false)?;
+    let stat = kit.run_on("stat", "successor", |p| ops::stat(p).map(drop))?;
+    ensure!(stat == Ok(()), "stat of the successor gave {stat:?}");
+    kit.served.clear();
+    let recovered = kit.recover()?;
+    expect_report(&recovered, 0)?;
+    ensure!(recovered.report.held > 0, "the WRITE was not held");
+    let result = kit.serve(&write)?;
+    let asked = kit.served.iter().find(|m| m.is(op::WRITE));
+    ensure!(
+        asked.is_none() && kit.tree.node(f0).data.is_empty(),
+        "what was written to a file that is gone went to another: {asked:?}"
+    );
+    expect_errno("write", result, Errno::EIO)?;
+    still_serves(&mut kit)
 }
 
 /// A mount whose directories are cached, with a directory of some files.

@@ -3,7 +3,7 @@
 //! `EIO` for the application and no request for the next server.
 
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
-use std::sync::mpsc;
+use std::sync::{mpsc, Arc};
 
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
@@ -17,6 +17,7 @@ use crate::raw::env::{skip, Env};
 use crate::raw::kit::{Config, Kit};
 use crate::raw::ops::{self, Done};
 use crate::raw::rare;
+use crate::raw::uffd::Abyss;
 use crate::raw::wire::{fopen, init, op};
 
 /// What an application does with the first bytes of `f1`; `usize` is how many it got.
@@ -76,6 +77,11 @@ pub fn scenarios() -> Vec<Scenario> {
             same_page,
         ),
         Scenario::series(
+            "revoked-io/write-under-way",
+            "a long write to the cache of a revoked file ends with EIO or short, and leaves nothing dirty",
+            write_under_way,
+        ),
+        Scenario::series(
             "revoked-io/in-a-pipe",
             "what was spliced into a pipe before is what was read before",
             in_a_pipe,
@@ -95,6 +101,36 @@ fn two_files<'a>(env: &'a Env<'a>, flags: u64, open_flags: u32) -> Result<(Kit<'
     ];
     kit.settle()?;
     Ok((kit, fds))
+}
+
+/// Its bytes come slowly: some from before the crash, the last when the file is revoked and its pages are dropped.
+fn write_under_way(env: &Env<'_>) -> Result<()> {
+    const HEAD: usize = 64 << 10;
+    const LATE: usize = 4096;
+    let (mut kit, [_, fd]) = two_files(env, init::WRITEBACK_CACHE, 0)?;
+    let page = kit.run("mmap", move || rare::map_untouched(fd))??;
+    let late = Arc::new(Abyss::new(LATE)?);
+    let from = late.clone();
+    let app = kit.app("a write", move || from.write(fd, &[7; HEAD], LATE))?;
+    kit.serve_until("the write to come to the last bytes", |_| late.is_awaited())?;
+    let victim = node(&kit, "f1")?;
+    lose(&mut kit, &[victim])?;
+    kit.serve_until("the pages to go", |_| Ok(!rare::in_page_cache(page)?))?;
+    late.fill(b"")?;
+    let wrote = kit.serve(&app)?;
+    ensure!(
+        matches!(wrote, Err(Errno::EIO)) || wrote.is_ok_and(|n| n <= HEAD),
+        "a write that goes on after its file was revoked gave {wrote:?}"
+    );
+    ensure!(
+        !rare::in_page_cache(page)?,
+        "it has put a page into the cache, which nobody will write or drop"
+    );
+    let again = kit.run("again", move || ops::pwrite(fd, b"new", 0))?;
+    expect_errno("the next write", again, Errno::EIO)?;
+    never_asked(&kit, victim)?;
+    kit.check_counts()?;
+    still_serves(&mut kit)
 }
 
 fn under_way(env: &Env<'_>, opcode: u32, open_flags: u32, call: Transfer) -> Result<()> {

@@ -70,6 +70,11 @@ pub fn scenarios() -> Vec<Scenario> {
             fsync,
         ),
         Scenario::series(
+            "revoked-map/syncfs-late",
+            "syncfs says it also of a page whose WRITE is made when the file is revoked already",
+            syncfs_late,
+        ),
+        Scenario::series(
             "revoked-map/syncfs-clean",
             "where no data is lost syncfs says nothing",
             syncfs_clean,
@@ -332,6 +337,33 @@ fn fsync(env: &Env<'_>) -> Result<()> {
     );
     let again = kit.run("syncfs", move || rare::syncfs(late))?;
     ensure!(again == Ok(()), "its second syncfs says {again:?}");
+    never_asked(&kit, victim)?;
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+/// The page is under writeback until its WRITE is refused, and clean when the cache is looked at.
+fn syncfs_late(env: &Env<'_>) -> Result<()> {
+    let mut kit = Kit::granted_with(env, Config::with(init::WRITEBACK_CACHE))?;
+    populate(&mut kit, 1)?;
+    let root = open(&mut kit, "", OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    let fd = open(&mut kit, "f0", OFlag::O_RDWR)?;
+    let wrote = kit.run("write", move || ops::pwrite(fd, &[7; 4096], 0))?;
+    ensure!(wrote == Ok(4096), "the write gave {wrote:?}");
+    let page = kit.run("mmap", move || rare::map_untouched(fd))??;
+    let writes = Trap::arm("queue_writes")?;
+    let sync = kit.app("fsync", move || ops::fsync(fd))?;
+    writes.wait(kit.patience)?;
+    let teardown = Trap::arm_beside("teardown")?;
+    let victim = node(&kit, "f0")?;
+    lose(&mut kit, &[victim])?;
+    teardown.wait(kit.patience)?;
+    writes.go();
+    expect_errno("fsync", kit.serve(&sync)?, Errno::EIO)?;
+    teardown.go();
+    kit.serve_until("the pages to go", |_| Ok(!rare::in_page_cache(page)?))?;
+    let told = kit.run("syncfs", move || rare::syncfs(root))?;
+    expect_errno("syncfs after data was lost", told, Errno::EIO)?;
     never_asked(&kit, victim)?;
     kit.check_counts()?;
     still_serves(&mut kit)

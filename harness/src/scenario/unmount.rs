@@ -5,10 +5,13 @@ use std::fs;
 
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
+use nix::fcntl::{posix_fadvise, OFlag, PosixFadviseAdvice};
 use nix::mount::{umount2, MntFlags};
 use nix::sys::signal::Signal;
 
-use super::help::{enter, populated, wake, wake_dead, Phase, PHASES};
+use super::help::{enter, open, populated, wake, wake_dead, Phase, PHASES};
+use super::kill_server::say_inval_inode;
+use super::lost::node;
 use super::Scenario;
 use crate::raw::app::{App, Proc};
 use crate::raw::dev::Read1;
@@ -63,6 +66,11 @@ pub fn scenarios() -> Vec<Scenario> {
         "unmount/abort-in-send",
         "the connection is aborted when the root, a replay or the report is made and not queued",
         abort_in_send,
+    ));
+    all.push(Scenario::series(
+        "unmount/committed-in-notification",
+        "umount does not wait for a notification that waits for what is held, when nothing lets that go any more",
+        committed_in_notification,
     ));
     all
 }
@@ -130,6 +138,45 @@ fn abort_in_send(env: &Env<'_>) -> Result<()> {
         kit.conn.wait_state(&["dead"], kit.patience)?;
     }
     Ok(())
+}
+
+/// COMMIT is said, and nothing is done about it yet. Read ahead, so that a page is locked and the mount is not busy.
+fn committed_in_notification(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 1)?;
+    let f0 = node(&kit, "f0")?;
+    let fd = open(&mut kit, "f0", OFlag::O_RDONLY)?;
+    let ahead = kit.app("read ahead", move || {
+        // SAFETY: the descriptor stays open until the close below.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+        posix_fadvise(fd, 0, 0, PosixFadviseAdvice::POSIX_FADV_WILLNEED)
+    })?;
+    kit.until_op(op::READ)?;
+    ensure!(kit.serve(&ahead)? == Ok(()), "posix_fadvise");
+    ensure!(kit.run("close", move || ops::close(fd))? == Ok(()), "close");
+    kit.restarted()?;
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    let work = Trap::arm("work")?;
+    let epoch = recovered.report.epoch;
+    kit.commit_epoch(epoch).context("COMMIT")?;
+    work.wait(kit.patience)?;
+    let dev = kit.dev.duplicate()?;
+    let said = kit.app("INVAL_INODE", move || say_inval_inode(&dev, f0))?;
+    said.wait_asleep(kit.patience)?;
+    let over = Trap::arm_beside("unmount_over")?;
+    let app = umount(&mut kit, MntFlags::empty())?;
+    over.wait(kit.patience)?;
+    ensure!(!said.done(), "nobody waits for the page of the held READ");
+    work.go();
+    over.go();
+    let result = app.finish(kit.patience)?;
+    ensure!(result == Ok(()), "umount gave {result:?}");
+    kit.was_unmounted();
+    let told = said.finish(kit.patience)?;
+    ensure!(
+        matches!(told, Ok(()) | Err(Errno::ENOENT | Errno::ENOTCONN)),
+        "INVAL_INODE gave {told:?}"
+    );
+    dead(&mut kit)
 }
 
 /// A recovery in `phase` with two applications in it: one whose request was in dead hands, one that came later.
