@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The previous layout is read, and what is written is readable by the previous version: the rule of [`super::header`].
+//! What earlier revisions wrote is read, and what is written is readable by the previous one: the rule of [`super::header`].
 //!
 //! `fixtures/` holds states as earlier versions of the crate wrote them, one `offset word` a line, in hex. When a
 //! release changes the layout, `cargo test -p rust-fuse-notify freeze -- --ignored --nocapture` *before* the change
@@ -9,6 +9,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
+use super::header::DISCARDED_BELOW_AT;
 use super::previous::Previous;
 use super::tests::{node, IDENTITY};
 use super::*;
@@ -88,6 +89,12 @@ fn freeze() {
     }
 }
 
+/// What earlier revisions wrote by `freeze`, and below which id they say that nothing is known.
+const EARLIER: [(&str, u64); 2] = [
+    (include_str!("fixtures/layout-1.0.txt"), 0),
+    (include_str!("fixtures/layout-1.1.txt"), 10),
+];
+
 /// A memfd with the words of a fixture.
 fn fixture(text: &str) -> OwnedFd {
     let file = File::from(State::create_memfd().unwrap());
@@ -106,7 +113,7 @@ fn fixture(text: &str) -> OwnedFd {
 }
 
 /// What [`fill`] puts into a state, seen through the interface.
-fn check(state: &State) {
+fn check(state: &State, discarded_below: u64) {
     let mut nodes = Vec::new();
     state.nodes().for_each(|node| nodes.push(*node));
     let [root, one, two] = nodes[..] else {
@@ -152,26 +159,32 @@ fn check(state: &State) {
     assert_eq!(state.journal().len(), 3);
     assert_eq!(state.init().reply(), Some(vec![0x5a; 80]));
     assert!(state.init().is_answered());
-    assert_eq!(state.discarded_below(), 0);
+    assert_eq!(state.discarded_below(), discarded_below);
+    let lost = Some(Recorded::Outcome(Err(libc::EIO)));
+    let older = discarded_below.checked_sub(2).map(outcome);
+    assert_eq!(older, older.is_some().then_some(lost));
     // What is given out from here on was never given out before.
     let new = state.nodes().lookup(&node(9)).unwrap().nodeid;
     assert!(new >> 32 >= 6, "{new:#x}");
 }
 
 #[test]
-fn a_state_of_the_previous_revision_is_read() {
-    let fd = fixture(include_str!("fixtures/layout-1.0.txt"));
-    let state = State::open(fd.try_clone().unwrap(), IDENTITY, &CONFIG).unwrap();
-    assert!(!state.is_fresh());
-    check(&state);
-    // And written: the operations of this version on it, then read again.
-    state.journal().resume(50).unwrap().cancel();
-    assert_eq!(state.journal().drop_below(None), 2);
-    drop(state.journal().begin(58, &Intent::default()).unwrap());
-    drop(state);
-    let state = State::open(fd, IDENTITY, &CONFIG).unwrap();
-    assert_eq!(state.journal().unresolved()[0].id, 58);
-    assert_eq!(state.journal().len(), 1);
+fn states_of_earlier_revisions_are_read() {
+    for (text, discarded_below) in EARLIER {
+        let fd = fixture(text);
+        let state = State::open(fd.try_clone().unwrap(), IDENTITY, &CONFIG).unwrap();
+        assert!(!state.is_fresh());
+        check(&state, discarded_below);
+        // And written: the operations of this version on it, then read again.
+        state.journal().resume(50).unwrap().cancel();
+        assert_eq!(state.journal().drop_below(None), 2);
+        drop(state.journal().begin(58, &Intent::default()).unwrap());
+        drop(state);
+        let state = State::open(fd, IDENTITY, &CONFIG).unwrap();
+        assert_eq!(state.journal().unresolved()[0].id, 58);
+        assert_eq!(state.journal().len(), 1);
+        assert_eq!(state.discarded_below(), discarded_below);
+    }
 }
 
 #[test]
@@ -180,7 +193,7 @@ fn this_version_reads_its_own() {
     let state = State::open(fd.try_clone().unwrap(), IDENTITY, &CONFIG).unwrap();
     fill(&state);
     drop(state);
-    check(&State::open(fd, IDENTITY, &CONFIG).unwrap());
+    check(&State::open(fd, IDENTITY, &CONFIG).unwrap(), 0);
 }
 
 #[test]
@@ -188,10 +201,14 @@ fn the_previous_version_reads_what_this_one_writes() {
     let fd = State::create_memfd().unwrap();
     let state = State::open(fd.try_clone().unwrap(), IDENTITY, &CONFIG).unwrap();
     fill(&state);
-    let ours = Previous::read(&fd).unwrap();
-    let theirs = Previous::read(&fixture(include_str!("fixtures/layout-1.0.txt"))).unwrap();
-    assert_eq!(ours, theirs);
-    assert_eq!(theirs.journal.len(), 3, "the reader reads nothing");
+    for (text, discarded_below) in EARLIER {
+        state.region.store(DISCARDED_BELOW_AT, discarded_below);
+        let ours = Previous::read(&fd).unwrap();
+        let theirs = Previous::read(&fixture(text)).unwrap();
+        assert_eq!(ours, theirs);
+        assert_eq!(theirs.journal.len(), 3, "the reader reads nothing");
+        assert_eq!(theirs.discarded_below, discarded_below);
+    }
     // Entries that only this version makes are the ones it knows.
     let copied = Success {
         payload: vec![1; 4],
@@ -203,8 +220,11 @@ fn the_previous_version_reads_what_this_one_writes() {
 
 #[test]
 fn the_previous_version_reads_a_state_that_was_discarded() {
-    let fd = fixture(include_str!("fixtures/layout-1.0.txt"));
-    drop(State::discard(fd.try_clone().unwrap(), IDENTITY, &CONFIG).unwrap());
-    let found = Previous::read(&fd).unwrap();
-    assert!(found.nodes.is_empty() && found.handles.is_empty() && found.journal.is_empty());
+    for (text, _) in EARLIER {
+        let fd = fixture(text);
+        drop(State::discard(fd.try_clone().unwrap(), IDENTITY, &CONFIG).unwrap());
+        let found = Previous::read(&fd).unwrap();
+        assert!(found.nodes.is_empty() && found.handles.is_empty() && found.journal.is_empty());
+        assert_eq!(found.discarded_below, u64::MAX);
+    }
 }

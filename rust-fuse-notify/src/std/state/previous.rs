@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
-//! How the previous version of this crate (layout 1, revision 0) reads a state: frozen, with its own numbers, so that a
-//! change of ours cannot change it as well. Replace it when a release is made.
+//! How the previous version of this crate (layout 1, revision 1) reads a state: frozen, with its own numbers, so that a
+//! change of ours cannot change it as well. Revision 0 reads the same but for `discarded_below`. Replace it when a
+//! release is made.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
-/// What revision 0 finds in a state, or why it refuses it.
+/// What revision 1 finds in a state, or why it refuses it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Previous {
     /// By nodeid: lookups, flags, the rest.
@@ -16,6 +17,7 @@ pub(super) struct Previous {
     /// By id: state, and the part of the slot that goes with it.
     pub(super) journal: BTreeMap<u64, (u64, Vec<u64>)>,
     init_reply: Vec<u64>,
+    pub(super) discarded_below: u64,
 }
 
 impl Previous {
@@ -56,6 +58,7 @@ impl Previous {
             handles: BTreeMap::new(),
             journal: BTreeMap::new(),
             init_reply: words(0x1000, word(160) as usize),
+            discarded_below: word(176),
         };
         for slot in 1..nodes.min(nodes_used as usize) {
             let at = nodes_at + slot * 256;
