@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Measurements on the running kernel: with a raw server of one thread, and of the passthrough server.
 
+mod handles;
 mod journal;
 mod memory;
 mod ops;
@@ -29,6 +30,7 @@ pub enum Bench {
     /// The normal path: time per stat, open and close, 4 KiB read and write
     Ops(ops::Args),
     Journal(journal::Args),
+    Handles(handles::Args),
     Outage(outage::Args),
 }
 
@@ -59,6 +61,7 @@ pub fn run(which: &Bench) -> Result<ExitCode> {
         Bench::Replay(args) => replay::run(args, &env),
         Bench::Ops(args) => ops::run(args, &env),
         Bench::Journal(args) => journal::run(args, &env),
+        Bench::Handles(args) => handles::run(args, &env),
         Bench::Outage(args) => outage::run(args, &env),
     };
     let _ = fs::remove_dir(&scratch);

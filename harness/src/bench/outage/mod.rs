@@ -4,7 +4,7 @@
 //! * [`mounted`] a mount under the real keeper with N cached inodes
 //! * [`trace`] when the kernel's recovery changed its phase; [`sample`] one crash, taken apart
 
-mod mounted;
+pub(super) mod mounted;
 mod sample;
 mod trace;
 

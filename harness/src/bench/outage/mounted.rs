@@ -110,6 +110,11 @@ impl Mounted {
         Ok(mounted)
     }
 
+    /// Through the mount.
+    pub fn file(&self, n: u64) -> PathBuf {
+        name(&self.mnt, n)
+    }
+
     /// The kernel caches every inode from now on; how many that are, with directories and root.
     pub fn look_everything_up(&mut self) -> Result<u64> {
         for n in 0..self.inodes {

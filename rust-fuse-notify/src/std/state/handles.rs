@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The handle table: every `fh` that was given out, so that the next instance can open the file again.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -81,7 +81,8 @@ pub struct HandleTable {
 #[derive(Debug)]
 struct Inner {
     slots: Slots,
-    by_node: HashMap<u64, Vec<u64>>,
+    /// Nodeid and `fh`: a file may be open a hundred thousand times.
+    by_node: BTreeSet<(u64, u64)>,
     /// By original id of the OPEN; only those of earlier instances, since only their answers can be missing.
     by_opener: HashMap<u64, u64>,
 }
@@ -98,7 +99,7 @@ impl HandleTable {
             capacity,
             inner: Mutex::new(Inner {
                 slots: Slots::new(capacity),
-                by_node: HashMap::new(),
+                by_node: BTreeSet::new(),
                 by_opener: HashMap::new(),
             }),
         };
@@ -111,11 +112,7 @@ impl HandleTable {
                     continue;
                 };
                 inner.slots.mark(slot);
-                inner
-                    .by_node
-                    .entry(handle.info.nodeid)
-                    .or_default()
-                    .push(handle.fh);
+                inner.by_node.insert((handle.info.nodeid, handle.fh));
                 if handle.info.opener != 0 {
                     inner.by_opener.insert(handle.info.opener, handle.fh);
                 }
@@ -178,7 +175,7 @@ impl HandleTable {
         };
         self.region.put(self.at(slot) + FIXED, &fixed);
         self.region.publish(self.at(slot) + FH, fh);
-        inner.by_node.entry(new.nodeid).or_default().push(fh);
+        inner.by_node.insert((new.nodeid, fh));
         Ok(fh)
     }
 
@@ -196,12 +193,7 @@ impl HandleTable {
         let handle = self.copy(fh as u32, fh);
         self.region.publish(at + FH, 0);
         inner.slots.give(fh as u32);
-        if let Some(handles) = inner.by_node.get_mut(&handle.info.nodeid) {
-            handles.retain(|other| *other != fh);
-            if handles.is_empty() {
-                inner.by_node.remove(&handle.info.nodeid);
-            }
-        }
+        inner.by_node.remove(&(handle.info.nodeid, fh));
         if inner.by_opener.get(&handle.info.opener) == Some(&fh) {
             inner.by_opener.remove(&handle.info.opener);
         }
@@ -217,12 +209,13 @@ impl HandleTable {
 
     /// The handles of a node.
     pub fn of_node(&self, nodeid: u64) -> Vec<Handle> {
-        let fhs = self
+        let of_it = (nodeid, 0)..=(nodeid, u64::MAX);
+        let fhs: Vec<u64> = self
             .inner()
             .by_node
-            .get(&nodeid)
-            .cloned()
-            .unwrap_or_default();
+            .range(of_it)
+            .map(|(_, fh)| *fh)
+            .collect();
         fhs.into_iter().filter_map(|fh| self.get(fh)).collect()
     }
 
