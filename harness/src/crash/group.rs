@@ -273,9 +273,6 @@ impl<'a> Running<'a> {
     /// As few of many deaths as still show what `judged` is about. The workload stays what it is: what is left out of it
     /// moves the deaths elsewhere.
     fn fewer_deaths(&self, judged: &Judged, tries: usize) -> Option<(Workload, Case, String)> {
-        if !judged.case.deaths().together {
-            return None;
-        }
         let mut found = None;
         let mut best = judged.died.clone();
         let mut left = tries;
@@ -301,20 +298,19 @@ impl<'a> Running<'a> {
 
     /// The shortest workload that still shows what `judged` is about, and at which reach.
     pub fn shortest(&self, judged: &Judged, tries: usize) -> Option<(Workload, Case, String)> {
-        let [kill] = &judged.case.kills[..] else {
+        if judged.case.deaths().together {
             return self.fewer_deaths(judged, tries);
-        };
+        }
+        let kills = &judged.case.kills;
+        let point = &kills.first()?.point;
         let mut found = None;
         let best = super::minimise::shortest(&self.workload, tries, |candidate| {
             let Ok(oracle) = case::run(self.setup, &self.group.dim, candidate, Deaths::NONE) else {
                 return false;
             };
-            let reached = oracle.seen.iter().find(|seen| seen.name == kill.point);
-            let reached = reached.map_or(0, |seen| seen.reached);
-            let mut nths = vec![kill.nth.min(reached), reached, 1];
-            nths.dedup();
-            for nth in nths.into_iter().filter(|nth| *nth > 0) {
-                let case = self.case(vec![Kill::new(&kill.point, nth)]);
+            let reached = oracle.seen.iter().find(|seen| seen.name == *point);
+            for kills in elsewhere(kills, reached.map_or(0, |seen| seen.reached)) {
+                let case = self.case(kills);
                 let again = self.judge_on(&case, candidate, &oracle.observed);
                 if again.verdict == judged.verdict {
                     found = Some((case, again.reason));
@@ -325,6 +321,28 @@ impl<'a> Running<'a> {
         });
         found.map(|(case, reason)| (best, case, reason))
     }
+}
+
+/// Where to die in a shorter workload that comes to the point of the first death so many times: near to where it was, the
+/// last time, the first time. Each death after that one is counted from it on, so it may be where it was, or the first.
+fn elsewhere(kills: &[Kill], reached: u64) -> Vec<Vec<Kill>> {
+    let Some((first, later)) = kills.split_first() else {
+        return Vec::new();
+    };
+    let mut nths = vec![first.nth.min(reached), reached, 1.min(reached)];
+    nths.dedup();
+    let at_once: Vec<_> = later.iter().map(|kill| Kill::new(&kill.point, 1)).collect();
+    let mut laters = vec![later.to_vec(), at_once];
+    laters.dedup();
+    nths.into_iter()
+        .filter(|nth| *nth > 0)
+        .flat_map(|nth| {
+            let first = Kill::new(&first.point, nth);
+            laters
+                .iter()
+                .map(move |later| [&[first.clone()], &later[..]].concat())
+        })
+        .collect()
 }
 
 fn judge(want: &Observed, run: &Run) -> (Verdict, String) {
@@ -346,6 +364,30 @@ fn problem(run: &Run) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn deaths_go_with_the_workload() {
+        let kill = Kill::new;
+        let told = |kills: &[Kill], reached| -> Vec<Vec<u64>> {
+            let all = elsewhere(kills, reached);
+            all.iter()
+                .map(|kills| kills.iter().map(|kill| kill.nth).collect())
+                .collect()
+        };
+        let one = [kill("write.intent", 5)];
+        assert_eq!(told(&one, 9), [vec![5], vec![9], vec![1]]);
+        assert_eq!(told(&one, 3), [vec![3], vec![1]]);
+        assert_eq!(told(&one, 1), [vec![1]]);
+        assert!(told(&one, 0).is_empty(), "it is not reached any more");
+        let two = [kill("write.intent", 5), kill("recover.replay", 2)];
+        assert_eq!(
+            told(&two, 3),
+            [vec![3, 2], vec![3, 1], vec![1, 2], vec![1, 1]]
+        );
+        let at_once = [kill("write.intent", 5), kill("recover.end", 1)];
+        assert_eq!(told(&at_once, 5), [vec![5, 1], vec![1, 1]]);
+        assert_eq!(elsewhere(&two, 3)[0][1].point, "recover.replay");
+    }
 
     #[test]
     fn every_name_stands_for_a_workload() {
