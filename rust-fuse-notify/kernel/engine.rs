@@ -321,7 +321,7 @@ impl Engine {
         let epoch = state.machine.epoch();
         let (held, lowest) = self.restart.owed();
         state.tally.held = held;
-        state.tally.settle_ns = lap(&mut state.since);
+        state.tally.settle_ns += lap(&mut state.since);
         let report = Report::new(&state.tally.report(epoch, lowest));
         match state.report.send(report, state.cookie, epoch) {
             Ok(()) => {

@@ -340,7 +340,7 @@ fn elsewhere(kills: &[Kill], reached: u64) -> Vec<Vec<Kill>> {
             let first = Kill::new(&first.point, nth);
             laters
                 .iter()
-                .map(move |later| [&[first.clone()], &later[..]].concat())
+                .map(move |later| [std::slice::from_ref(&first), later].concat())
         })
         .collect()
 }

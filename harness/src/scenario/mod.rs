@@ -42,6 +42,7 @@ mod revoked_map;
 pub mod runner;
 mod stale;
 mod stale_data;
+mod stale_drop;
 mod stock_order;
 mod successor;
 mod survive;
@@ -142,7 +143,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 46] = [
+    let families: [fn() -> Vec<Scenario>; 47] = [
         bad_identity::scenarios,
         bad_input::scenarios,
         replay::scenarios,
@@ -175,6 +176,7 @@ fn table() -> Vec<Scenario> {
         revoked_map::scenarios,
         stale::scenarios,
         stale_data::scenarios,
+        stale_drop::scenarios,
         survive::scenarios,
         transit::scenarios,
         successor::scenarios,

@@ -54,6 +54,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "a reader whose buffer faults ends one request, in no state twice",
             failed_copy,
         ),
+        Scenario::series(
+            "resend/notified",
+            "what NOTIFY_RESEND sends again carries the epoch as well",
+            notified,
+        ),
         Scenario::new(
             "resend/stock",
             Needs::Nothing,
@@ -483,6 +488,25 @@ fn failed_copy(env: &Env<'_>) -> Result<()> {
     expect_errno("a read into nothing", Errno::result(n), Errno::EFAULT)?;
     let result = app.finish(kit.patience)?;
     expect_errno("the stat whose request was lost", result, Errno::EIO)?;
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+fn notified(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 3)?;
+    for _ in 0..3 {
+        kit.recover()?;
+    }
+    let (jobs, old) = park_stats(&mut kit, 3)?;
+    kit.dev
+        .notify(notify::RESEND, &[0u8; 0], &[])
+        .context("NOTIFY_RESEND")?;
+    for old in &old {
+        let new = kit.next_request()?;
+        expect_resent(&kit, old, &new)?;
+        kit.answer(&new)?;
+    }
+    all_ok(&mut kit, &jobs)?;
     kit.check_counts()?;
     still_serves(&mut kit)
 }

@@ -13,7 +13,7 @@ use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
-use super::help::{expect_errno, open, populate, populated, still_serves};
+use super::help::{expect_errno, expect_resent, open, populate, populated, still_serves};
 use super::lost::{lose, never_asked, node, Staged};
 use super::Scenario;
 use crate::raw::app::{faults_kill, state, Proc};
@@ -23,6 +23,7 @@ use crate::raw::kit::{Config, Kit};
 use crate::raw::ops;
 use crate::raw::rare;
 use crate::raw::trap::Trap;
+use crate::raw::tree::Answer;
 use crate::raw::wait::wait_for;
 use crate::raw::wire::{fopen, init, op, ROOT};
 
@@ -78,6 +79,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "revoked-map/syncfs-clean",
             "where no data is lost syncfs says nothing",
             syncfs_clean,
+        ),
+        Scenario::series(
+            "revoked-map/syncfs-unlinked",
+            "nor of the times of a file that the dead server had removed",
+            syncfs_unlinked,
         ),
     ]);
     all
@@ -366,6 +372,25 @@ fn syncfs_late(env: &Env<'_>) -> Result<()> {
     expect_errno("syncfs after data was lost", told, Errno::EIO)?;
     never_asked(&kit, victim)?;
     kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+/// It did so, and could not say it: the next one knows nothing of the file, and that it is gone.
+fn syncfs_unlinked(env: &Env<'_>) -> Result<()> {
+    let mut kit = Kit::granted_with(env, Config::with(init::WRITEBACK_CACHE))?;
+    populate(&mut kit, 1)?;
+    let root = open(&mut kit, "", OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    let unlink = kit.on("unlink", "f0", ops::unlink)?;
+    let old = kit.until_op(op::UNLINK)?;
+    let victim = node(&kit, "f0")?;
+    lose(&mut kit, &[victim])?;
+    let new = kit.next_request()?;
+    expect_resent(&kit, &old, &new)?;
+    kit.send(&new, &Answer::Ok(Vec::new()))?;
+    let result = kit.serve(&unlink)?;
+    ensure!(result == Ok(()), "unlink gave {result:?}");
+    let sync = kit.run("syncfs", move || rare::syncfs(root))?;
+    ensure!(sync == Ok(()), "no data was lost, yet syncfs says {sync:?}");
     still_serves(&mut kit)
 }
 

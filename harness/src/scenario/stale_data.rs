@@ -94,7 +94,7 @@ pub fn scenarios() -> Vec<Scenario> {
 }
 
 /// A mount with f0 in the page cache, and a descriptor of it.
-fn cached<'a>(env: &'a Env<'a>, flags: u64) -> Result<(Kit<'a>, RawFd)> {
+pub(super) fn cached<'a>(env: &'a Env<'a>, flags: u64) -> Result<(Kit<'a>, RawFd)> {
     let mut kit = Kit::granted_with(env, Config::with(flags))?;
     kit.tree.open_flags = fopen::KEEP_CACHE;
     // No handle is flushed with a request that would be in the way.

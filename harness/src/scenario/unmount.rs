@@ -68,6 +68,11 @@ pub fn scenarios() -> Vec<Scenario> {
         abort_in_send,
     ));
     all.push(Scenario::series(
+        "unmount/close-root-in-hands",
+        "closing the last descriptor is no answer to the replay of the root",
+        close_root,
+    ));
+    all.push(Scenario::series(
         "unmount/committed-in-notification",
         "umount does not wait for a notification that waits for what is held, when nothing lets that go any more",
         committed_in_notification,
@@ -319,4 +324,25 @@ fn close(env: &Env<'_>, phase: Phase) -> Result<()> {
         wake(&mut kit)?;
     }
     all_fail(&kit, &apps)
+}
+
+/// A root whose replay nobody answers any more was not refused.
+fn close_root(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 1)?;
+    enter(&mut kit, Phase::Root)?;
+    let trap = Trap::arm("close")?;
+    let spare = crate::raw::dev::Device::open("/dev/fuse")?;
+    let dev = std::mem::replace(&mut kit.dev, spare);
+    let closing = kit.app("close", move || drop(dev))?;
+    trap.wait(kit.patience)?;
+    kit.conn.wait_state(&["dead", "refused"], kit.patience)?;
+    let state = kit.conn.recovery()?.context("recovery file")?;
+    trap.go();
+    closing.finish(kit.patience)?;
+    ensure!(
+        state.state() == "dead",
+        "with its last descriptor closed the state is {:?}",
+        state.state()
+    );
+    Ok(())
 }
