@@ -146,12 +146,20 @@ pub(super) fn mounted<'a>(env: &'a Env<'a>) -> Result<Kit<'a>> {
     mounted_with(env, init::POSIX_LOCKS | init::FLOCK_LOCKS)
 }
 
-pub(super) fn mounted_with<'a>(env: &'a Env<'a>, flags: u64) -> Result<Kit<'a>> {
-    let base = if env.support.series {
-        Config::default()
+fn mounted_with<'a>(env: &'a Env<'a>, flags: u64) -> Result<Kit<'a>> {
+    if env.support.series {
+        mounted_of(env, Config::default(), flags)
     } else {
-        Config::unsigned()
-    };
+        unsigned_with(env, flags)
+    }
+}
+
+/// Not restartable, where a request for a bad inode is not looked at when it is queued.
+pub(super) fn unsigned_with<'a>(env: &'a Env<'a>, flags: u64) -> Result<Kit<'a>> {
+    mounted_of(env, Config::unsigned(), flags)
+}
+
+fn mounted_of<'a>(env: &'a Env<'a>, base: Config, flags: u64) -> Result<Kit<'a>> {
     let flags = base.flags | flags;
     let mut kit = Kit::mount(env, Config { flags, ..base })?;
     kit.tree.file(ROOT, "bad", &[1; 1000]);
@@ -164,7 +172,7 @@ pub(super) fn mounted_with<'a>(env: &'a Env<'a>, flags: u64) -> Result<Kit<'a>> 
 }
 
 fn bad(env: &Env<'_>, attempt: Try) -> Result<()> {
-    let mut kit = mounted(env)?;
+    let mut kit = unsigned_with(env, init::POSIX_LOCKS | init::FLOCK_LOCKS)?;
     let bad = open(&mut kit, "bad", OFlag::O_RDWR)?;
     let good = open(&mut kit, "good", OFlag::O_RDWR)?;
     let dir = open(&mut kit, "dir", OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;

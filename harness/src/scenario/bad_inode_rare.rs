@@ -10,8 +10,8 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
-use super::bad_inode::{mounted, mounted_with, spoil};
-use super::fuseblk::with_mount;
+use super::bad_inode::{mounted, spoil, unsigned_with};
+use super::fuseblk::with_mount_of;
 use super::help::open;
 use super::Scenario;
 use crate::raw::app::{faults_kill, Proc};
@@ -33,7 +33,7 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::series(
             "bad-inode/bmap",
             "FIBMAP of a bad file on a block device tells no block and is not sent",
-            |env| with_mount(env, bmap),
+            |env| with_mount_of(env, Config::unsigned(), bmap),
         ),
         Scenario::series(
             "bad-inode/parent",
@@ -118,7 +118,7 @@ fn bmap(kit: &mut Kit<'_>) -> Result<()> {
 
 /// The directory is made bad when its own child is found in it, and it has to be found in its parent next.
 fn parent(env: &Env<'_>) -> Result<()> {
-    let mut kit = mounted_with(env, init::EXPORT_SUPPORT)?;
+    let mut kit = unsigned_with(env, init::EXPORT_SUPPORT)?;
     let a = kit.tree.dir(ROOT, "a");
     let b = kit.tree.dir(a, "b");
     kit.tree.dir(b, "c");

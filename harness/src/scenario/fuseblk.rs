@@ -102,18 +102,19 @@ impl Drop for Loop {
 }
 
 /// Plays `story` on a `fuseblk` mount with ten files.
-pub(super) fn with_mount(
+fn with_mount(env: &Env<'_>, story: impl FnOnce(&mut Kit<'_>) -> Result<()>) -> Result<()> {
+    with_mount_of(env, Config::default(), story)
+}
+
+/// The same with a server of this kind.
+pub(super) fn with_mount_of(
     env: &Env<'_>,
+    config: Config,
     story: impl FnOnce(&mut Kit<'_>) -> Result<()>,
 ) -> Result<()> {
     let device = Loop::new(env)?;
-    let mut kit = Kit::granted_with(
-        env,
-        Config {
-            device: Some(device.0.clone()),
-            ..Config::default()
-        },
-    )?;
+    let device = Some(device.0.clone());
+    let mut kit = Kit::mount(env, Config { device, ..config })?;
     populate(&mut kit, 10)?;
     story(&mut kit)
 }
