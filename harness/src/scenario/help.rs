@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{posix_fadvise, OFlag, PosixFadviseAdvice};
 use nix::poll::PollFlags;
 
 use crate::raw::env::Env;
@@ -18,7 +18,7 @@ use crate::raw::recover::Recovered;
 use crate::raw::sleeper::{Copying, Sleeper};
 use crate::raw::tree::Answer;
 use crate::raw::wait::wait_for;
-use crate::raw::wire::{resent_id, ROOT};
+use crate::raw::wire::{op, resent_id, ROOT};
 
 /// How far a recovery has come when something happens to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -251,6 +251,20 @@ pub fn populate(kit: &mut Kit<'_>, n: usize) -> Result<()> {
 pub fn open(kit: &mut Kit<'_>, name: &str, flags: OFlag) -> Result<RawFd> {
     kit.run_on("open", name, move |p| ops::open(p, flags))?
         .with_context(|| format!("cannot open {name}"))
+}
+
+/// Lets `name` be read ahead, and closes it: its first page is locked until the READ is answered, and nobody waits.
+pub fn read_ahead(kit: &mut Kit<'_>, name: &str) -> Result<Message> {
+    let fd = open(kit, name, OFlag::O_RDONLY)?;
+    let ahead = kit.app("read ahead", move || {
+        // SAFETY: the descriptor stays open until the close below.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+        posix_fadvise(fd, 0, 0, PosixFadviseAdvice::POSIX_FADV_WILLNEED)
+    })?;
+    let read = kit.until_op(op::READ)?;
+    ensure!(kit.serve(&ahead)? == Ok(()), "posix_fadvise");
+    ensure!(kit.run("close", move || ops::close(fd))? == Ok(()), "close");
+    Ok(read)
 }
 
 /// The connection does its work: a lookup, a change and a read, from end to end.

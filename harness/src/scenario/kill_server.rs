@@ -5,10 +5,10 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{ensure, Context, Result};
-use nix::fcntl::{posix_fadvise, OFlag, PosixFadviseAdvice};
+use nix::fcntl::OFlag;
 use nix::mount::{umount2, MntFlags};
 
-use super::help::{expect_resent, open, populate, still_serves};
+use super::help::{expect_resent, open, populate, read_ahead, still_serves};
 use super::kill::{dies, syscall_of};
 use super::Scenario;
 use crate::raw::app::{App, Proc};
@@ -234,16 +234,7 @@ fn behind_unmount(env: &Env<'_>) -> Result<()> {
     let f0 = kit.tree.child(ROOT, "f0").context("f0")?;
     let mut first = Notifier::new(&kit, move |dev| say_inval_inode(dev, f0))?;
     let mut second = Notifier::new(&kit, move |dev| say_inval_inode(dev, f0))?;
-    // Read ahead, so that a page is locked for which no application waits.
-    let fd = open(&mut kit, "f0", OFlag::O_RDONLY)?;
-    let ahead = kit.app("read ahead", move || {
-        // SAFETY: the descriptor stays open until the close below.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
-        posix_fadvise(fd, 0, 0, PosixFadviseAdvice::POSIX_FADV_WILLNEED)
-    })?;
-    let read = kit.until_op(op::READ)?;
-    ensure!(kit.serve(&ahead)? == Ok(()), "posix_fadvise");
-    ensure!(kit.run("close", move || ops::close(fd))? == Ok(()), "close");
+    let read = read_ahead(&mut kit, "f0")?;
     first.tell()?;
     first.wait_inside(&kit)?;
     let trap = Trap::arm_if_any("unmount")?;

@@ -5,11 +5,10 @@ use std::fs;
 
 use anyhow::{ensure, Context, Result};
 use nix::errno::Errno;
-use nix::fcntl::{posix_fadvise, OFlag, PosixFadviseAdvice};
 use nix::mount::{umount2, MntFlags};
 use nix::sys::signal::Signal;
 
-use super::help::{enter, open, populated, wake, wake_dead, Phase, PHASES};
+use super::help::{enter, populated, read_ahead, wake, wake_dead, Phase, PHASES};
 use super::kill_server::say_inval_inode;
 use super::lost::node;
 use super::Scenario;
@@ -149,15 +148,7 @@ fn abort_in_send(env: &Env<'_>) -> Result<()> {
 fn committed_in_notification(env: &Env<'_>) -> Result<()> {
     let mut kit = populated(env, 1)?;
     let f0 = node(&kit, "f0")?;
-    let fd = open(&mut kit, "f0", OFlag::O_RDONLY)?;
-    let ahead = kit.app("read ahead", move || {
-        // SAFETY: the descriptor stays open until the close below.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
-        posix_fadvise(fd, 0, 0, PosixFadviseAdvice::POSIX_FADV_WILLNEED)
-    })?;
-    kit.until_op(op::READ)?;
-    ensure!(kit.serve(&ahead)? == Ok(()), "posix_fadvise");
-    ensure!(kit.run("close", move || ops::close(fd))? == Ok(()), "close");
+    read_ahead(&mut kit, "f0")?;
     kit.restarted()?;
     let recovered = kit.answer_replays(&mut |_, _| None)?;
     let work = Trap::arm("work")?;
