@@ -29,7 +29,7 @@ use crate::raw::trap::Trap;
 use crate::raw::wait::wait_for;
 use crate::raw::wire::{fopen, init, notify, op, InvalInodeOut, ROOT};
 
-const FAULT_AROUND: &str = "/sys/kernel/debug/fault_around_bytes";
+pub(super) const FAULT_AROUND: &str = "/sys/kernel/debug/fault_around_bytes";
 const OLD: &[u8] = b"content of 0";
 const NEW: &[u8] = b"Content of 0";
 

@@ -7,15 +7,19 @@ use std::os::fd::RawFd;
 use anyhow::{ensure, Context, Result};
 use nix::fcntl::OFlag;
 
-use super::help::{expect_resent, open, populate, still_serves};
+use super::help::{expect_resent, open, populate, read_ahead, still_serves};
+use super::kill::dies;
 use super::lost::node;
-use super::stale_data::cached;
+use super::patience::Knob;
+use super::stale::changed_meanwhile;
+use super::stale_data::{cached, FAULT_AROUND};
 use super::Scenario;
-use crate::raw::app::App;
+use crate::raw::app::{App, Proc};
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::msg::Message;
 use crate::raw::ops::{self, Done};
+use crate::raw::trap::Trap;
 use crate::raw::wire::{fopen, op};
 
 pub fn scenarios() -> Vec<Scenario> {
@@ -34,6 +38,31 @@ pub fn scenarios() -> Vec<Scenario> {
             "stale-data/direct-read-under-way",
             "what a direct read brings into a mapping of such a file is not lost",
             direct_read,
+        ),
+        Scenario::series(
+            "stale-data/direct-write-under-way",
+            "a page that is only read from is dropped all the same",
+            direct_write,
+        ),
+        Scenario::series(
+            "stale-data/fault-beside-direct-read",
+            "as long as such a page stays a fault takes away no other page",
+            fault_beside,
+        ),
+        Scenario::series(
+            "stale-data/overlapped",
+            "what is stale is dropped once, however many begin to drop it meanwhile",
+            overlapped,
+        ),
+        Scenario::series(
+            "stale-data/killed-write",
+            "what a task wrote that was killed before a server had it is not read",
+            killed_write,
+        ),
+        Scenario::series(
+            "stale-data/killed-write-in-drop",
+            "nor if stale data is being dropped at that moment",
+            killed_write_in_drop,
         ),
     ]
 }
@@ -65,8 +94,8 @@ fn read_first(kit: &mut Kit<'_>, fd: RawFd, write: &Message, app: &App<Done<usiz
     Ok(())
 }
 
-fn reads(kit: &mut Kit<'_>, fd: RawFd, wanted: &[u8]) -> Result<()> {
-    let found = kit.run("a read after", move || ops::pread(fd, 100, 0))?;
+fn reads(kit: &mut Kit<'_>, fd: RawFd, at: i64, wanted: &[u8]) -> Result<()> {
+    let found = kit.run("a read after", move || ops::pread(fd, 100, at))?;
     ensure!(
         found.as_deref() == Ok(wanted),
         "after the WRITE f0 reads {:?}",
@@ -81,7 +110,7 @@ fn overwrite(env: &Env<'_>) -> Result<()> {
     let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
     let write = crash_in_write(&mut kit)?;
     read_first(&mut kit, fd, &write, &app)?;
-    reads(&mut kit, fd, b"Content of 0")
+    reads(&mut kit, fd, 0, b"Content of 0")
 }
 
 fn append(env: &Env<'_>) -> Result<()> {
@@ -89,42 +118,68 @@ fn append(env: &Env<'_>) -> Result<()> {
     let app = kit.app("a write", move || ops::pwrite(fd, b", and more", 12))?;
     let write = crash_in_write(&mut kit)?;
     read_first(&mut kit, fd, &write, &app)?;
-    reads(&mut kit, fd, b"content of 0, and more")
+    reads(&mut kit, fd, 0, b"content of 0, and more")
 }
 
-/// f1 is read past the cache, into a mapping of f0.
-fn direct_read(env: &Env<'_>) -> Result<()> {
-    let mut kit = Kit::granted_with(env, Config::default())?;
-    populate(&mut kit, 2)?;
-    kit.tree.open_flags = fopen::DIRECT_IO;
-    let from = open(&mut kit, "f1", OFlag::O_RDONLY)?;
-    kit.tree.open_flags = fopen::KEEP_CACHE;
-    let fd = open(&mut kit, "f0", OFlag::O_RDWR)?;
-    let at = kit
-        .run("mmap", move || {
-            // SAFETY: a fresh mapping where the kernel likes.
-            let at = unsafe {
-                let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-                libc::mmap(std::ptr::null_mut(), 4096, prot, flags, fd, 0)
-            };
-            // SAFETY: mapped, and the file is not empty.
-            let first = unsafe { at.cast::<u8>().read_volatile() };
-            (at as usize, first)
-        })
-        .context("a mapping of f0")?;
-    ensure!(at.1 == b'c', "f0 begins with {}", at.1);
-    let at = at.0;
+/// A mapping of a whole file of at most three pages, and the first byte of each of the first `touched` pages.
+fn map(kit: &mut Kit<'_>, fd: RawFd, prot: i32, touched: usize) -> Result<(usize, Vec<u8>)> {
+    kit.run("mmap", move || {
+        // SAFETY: a fresh mapping where the kernel likes.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                3 * 4096,
+                prot,
+                libc::MAP_SHARED,
+                fd,
+                0,
+            )
+        };
+        let first = |page: usize| {
+            // SAFETY: mapped, and the file is as long as that.
+            unsafe { at.cast::<u8>().add(page * 4096).read_volatile() }
+        };
+        (at as usize, (0..touched).map(first).collect())
+    })
+    .context("a mapping of f0")
+}
+
+/// f1 is read past the cache, into page `page` of a mapping of f0, which looks changed meanwhile. The READ, sent again.
+fn into_mapping(
+    kit: &mut Kit<'_>,
+    from: RawFd,
+    at: usize,
+) -> Result<(App<nix::Result<isize>>, Message)> {
     let app = kit.app("a direct read", move || {
-        // SAFETY: the mapping is as long as said, and nobody has a reference to it.
+        // SAFETY: the mapping is longer than that, and nobody has a reference to it.
         let got = unsafe { libc::pread(from, at as *mut libc::c_void, 12, 0) };
         nix::errno::Errno::result(got)
     })?;
     let old = kit.until_op(op::READ)?;
-    let f0 = node(&kit, "f0")?;
+    let f0 = node(kit, "f0")?;
     kit.tree.node_mut(f0).mtime += 10;
     kit.recover()?;
     let read = kit.next_request()?;
-    expect_resent(&kit, &old, &read)?;
+    expect_resent(kit, &old, &read)?;
+    Ok((app, read))
+}
+
+/// f1 past the page cache, f0 through it.
+fn direct_and_cached<'a>(env: &'a Env<'a>, flags: OFlag) -> Result<(Kit<'a>, RawFd, RawFd)> {
+    let mut kit = Kit::granted_with(env, Config::default())?;
+    populate(&mut kit, 2)?;
+    kit.tree.open_flags = fopen::DIRECT_IO;
+    let direct = open(&mut kit, "f1", OFlag::O_RDWR)?;
+    kit.tree.open_flags = fopen::KEEP_CACHE;
+    let fd = open(&mut kit, "f0", flags)?;
+    Ok((kit, direct, fd))
+}
+
+fn direct_read(env: &Env<'_>) -> Result<()> {
+    let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR)?;
+    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    ensure!(first == b"c", "f0 begins with {first:?}");
+    let (app, read) = into_mapping(&mut kit, from, at)?;
     // Drops what is stale, if that has not happened yet.
     kit.run("a read", move || ops::pread(fd, 12, 0))??;
     kit.answer(&read)?;
@@ -141,4 +196,161 @@ fn direct_read(env: &Env<'_>) -> Result<()> {
     );
     kit.check_counts()?;
     still_serves(&mut kit)
+}
+
+/// f1 is written past the cache, from a mapping of f0 that cannot be written to.
+fn direct_write(env: &Env<'_>) -> Result<()> {
+    let (mut kit, to, fd) = direct_and_cached(env, OFlag::O_RDONLY)?;
+    let (at, first) = map(&mut kit, fd, libc::PROT_READ, 1)?;
+    ensure!(first == b"c", "f0 begins with {first:?}");
+    let app = kit.app("a direct write", move || {
+        // SAFETY: the mapping is longer than that.
+        let put = unsafe { libc::pwrite(to, at as *const libc::c_void, 12, 0) };
+        nix::errno::Errno::result(put)
+    })?;
+    let old = kit.until_op(op::WRITE)?;
+    let f0 = node(&kit, "f0")?;
+    let file = kit.tree.node_mut(f0);
+    (file.data, file.mtime) = (b"Content of 0".to_vec(), file.mtime + 10);
+    kit.recover()?;
+    let write = kit.next_request()?;
+    expect_resent(&kit, &old, &write)?;
+    let found = kit.run("a read", move || ops::pread(fd, 12, 0))?;
+    ensure!(
+        found.as_deref() == Ok(b"Content of 0"),
+        "while its page is being written from f0 reads {found:?}"
+    );
+    kit.answer(&write)?;
+    let put = kit.serve(&app)?;
+    ensure!(put == Ok(12), "the direct write gave {put:?}");
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+/// A page of f0 stays, and with it the mark of the file. An instruction that needs two other pages gets them.
+fn fault_beside(env: &Env<'_>) -> Result<()> {
+    let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR)?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).data = vec![b'd'; 3 * 4096];
+    let _knob = Knob::set(FAULT_AROUND, "4096")?;
+    // The mount knows the new size.
+    ensure!(kit.run_on("stat", "f0", ops::stat)?.is_ok(), "stat f0");
+    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 3)?;
+    ensure!(first == b"ddd", "f0 begins with {first:?}");
+    kit.settle()?;
+    let late = Trap::arm_if_any("teardown")?;
+    let (app, read) = into_mapping(&mut kit, from, at + 2 * 4096)?;
+    kit.run("a read", move || ops::pread(fd, 12, 0))??;
+    let look = move |page: usize| {
+        // SAFETY: mapped, and the file is as long as that.
+        move || unsafe { ((at + page * 4096) as *const u8).read_volatile() }
+    };
+    for page in [0, 1] {
+        ensure!(kit.run("a look", look(page))? == b'd', "page {page}");
+    }
+    kit.served.clear();
+    ensure!(kit.run("another look", look(0))? == b'd', "page 0");
+    let again = kit.served.iter().filter(|m| m.is(op::READ)).count();
+    ensure!(
+        again == 0,
+        "the fault on page 1 has taken page 0 away: {again} READs"
+    );
+    drop(late);
+    kit.answer(&read)?;
+    let got = kit.serve(&app)?;
+    ensure!(got == Ok(12), "the direct read gave {got:?}");
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+/// One has begun to drop and waits for a locked page, then another begins, and the first one ends.
+fn overlapped(env: &Env<'_>) -> Result<()> {
+    let mut kit = Kit::granted_with(env, Config::default())?;
+    kit.tree.open_flags = fopen::KEEP_CACHE;
+    populate(&mut kit, 1)?;
+    let fd = open(&mut kit, "f0", OFlag::O_RDONLY)?;
+    let old = read_ahead(&mut kit, "f0")?;
+    let teardown = Trap::arm("teardown")?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).mtime += 10;
+    kit.recover()?;
+    let read = kit.next_request()?;
+    expect_resent(&kit, &old, &read)?;
+    let first = kit.app("the first read", move || ops::pread(fd, 12, 0))?;
+    first.wait_asleep(kit.patience)?;
+    let begun = Trap::arm_beside("drop_begun")?;
+    let second = kit.app("the second read", move || ops::pread(fd, 12, 0))?;
+    begun.wait(kit.patience)?;
+    kit.answer(&read)?;
+    kit.serve(&first)??;
+    kit.served.clear();
+    kit.run("the third read", move || ops::pread(fd, 12, 0))??;
+    let again = kit.served.iter().filter(|m| m.is(op::READ)).count();
+    begun.go();
+    kit.serve(&second)??;
+    teardown.go();
+    ensure!(
+        again == 0,
+        "what the first had dropped, and read again, the third dropped once more"
+    );
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+/// A task that writes to f0, and is killed before a server has it.
+fn write_and_die(kit: &mut Kit<'_>, fd: RawFd, len: usize, read: bool) -> Result<()> {
+    let mut app = Proc::spawn("a write", &[kit.dev.raw()], || {
+        i32::from(ops::pwrite(fd, &vec![b'X'; len], 0).is_err())
+    })?;
+    if read {
+        kit.until_op(op::WRITE)?;
+        app.wait_asleep(kit.patience)?;
+        kit.restarted()?;
+    } else {
+        kit.conn.wait_waiting(1, kit.patience)?;
+        app.wait_asleep(kit.patience)?;
+    }
+    dies(kit, &mut app, "in a write")
+}
+
+fn nobody_reads_it(kit: &mut Kit<'_>, fd: RawFd, at: i64, wanted: &[u8]) -> Result<()> {
+    ensure!(
+        !kit.served.iter().any(|m| m.is(op::WRITE)),
+        "the WRITE of a killed task was sent"
+    );
+    reads(kit, fd, at, wanted)
+}
+
+fn killed_write(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    write_and_die(&mut kit, fd, 1, true)?;
+    kit.served.clear();
+    kit.recover()?;
+    kit.settle()?;
+    nobody_reads_it(&mut kit, fd, 0, b"content of 0")
+}
+
+fn killed_write_in_drop(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).data = vec![b'd'; 2 * 4096];
+    let done = Trap::arm("drop_done")?;
+    changed_meanwhile(&mut kit, |kit| {
+        kit.tree.node_mut(f0).mtime += 10;
+    })?;
+    done.wait(kit.patience)?;
+    // Whole in the cache again.
+    kit.run("a read", move || ops::pread(fd, 2 * 4096, 0))??;
+    // Who dies would wait for the answer to its FLUSH, which nobody gives.
+    kit.tree.open_flags |= fopen::NOFLUSH;
+    let quiet = open(&mut kit, "f0", OFlag::O_RDWR)?;
+    kit.run("close", move || ops::close(fd))??;
+    kit.settle()?;
+    // He takes the first page away himself, for the second he has no time.
+    write_and_die(&mut kit, quiet, 2 * 4096, false)?;
+    let over = done.then("drop_over")?;
+    over.wait(kit.patience)?;
+    let result = nobody_reads_it(&mut kit, quiet, 4096, &[b'd'; 100]);
+    over.go();
+    result
 }
