@@ -155,6 +155,7 @@ impl<'a> Matrix<'a> {
     fn new(args: &'a Args, setup: &'a Setup<'a>, seed: u64) -> Result<Matrix<'a>> {
         let mut tally = Tally {
             kernel: runner::kernel()?,
+            build: runner::build()?,
             seed,
             mode: setup.mode.name().into(),
             ..Tally::default()

@@ -83,6 +83,9 @@ pub struct Failure {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Tally {
     pub kernel: String,
+    /// Of kernel and program, see [`crate::scenario::runner::build`].
+    #[serde(default)]
+    pub build: String,
     pub seed: u64,
     pub mode: String,
     /// Groups that were done to the end.
@@ -110,6 +113,13 @@ impl Tally {
             "{shown} is of the kernel {}; this one is {}: go on with it there, or begin anew",
             old.kernel,
             new.kernel
+        );
+        ensure!(
+            old.build == new.build,
+            "{shown} is of another build of the kernel or of this program ({}; now {}): what differs between them would \
+             be lost in the sum; begin anew",
+            old.build,
+            new.build
         );
         ensure!(
             (old.seed, &old.mode) == (new.seed, &new.mode),
@@ -341,6 +351,12 @@ mod tests {
             refused.contains("7.3.4") && refused.contains("7.4.0"),
             "{refused}"
         );
+        let build = Tally {
+            build: "#2".into(),
+            ..tally()
+        };
+        let refused = Tally::resume(&path, &build).unwrap_err().to_string();
+        assert!(refused.contains("another build"), "{refused}");
         assert!(Tally::resume(&dir.path().join("none"), &one).is_err());
     }
 }

@@ -33,8 +33,8 @@ pub fn server_died(device: &OwnedFd, init_stored: bool) -> Told {
     }
     match kernel.restarted(Notifier::cookie(), Identity::UNSAID) {
         Ok(()) => Told::Restarted,
-        // An old kernel, which takes notifications at any time: only the state knows. Without a stored INIT no other
-        // server could follow this one, whether it answered or not.
+        // An old kernel, which takes notifications at any time: only the state knows. Without a stored answer no other
+        // server could follow this one, whether it answered or not; a stored one the next server gives once more.
         Err(NotifyError::NotUnderstood) if !init_stored => Told::NeverInitialised,
         Err(NotifyError::NotUnderstood | NotifyError::NotGranted) => match kernel.resend() {
             Ok(()) => Told::Resent,
@@ -44,7 +44,7 @@ pub fn server_died(device: &OwnedFd, init_stored: bool) -> Told {
     }
 }
 
-/// Does the memfd say that INIT was answered? A damaged one is left to the next server, which says what is wrong.
+/// Does the memfd say that INIT was answered, or with what? A damaged one is left to the next server, which says what is wrong.
 pub fn init_stored(state: &OwnedFd) -> bool {
     !matches!(State::peek(state.as_fd()), Ok(Stage::BeforeInit))
 }

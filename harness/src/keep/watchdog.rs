@@ -7,8 +7,8 @@
 //! * a server that marks its requests (`rust_fuse_notify::std::state::Flights`) hangs if one is being executed at every
 //!   look, and the number of answers stays the same. `SETLKW` and `POLL` may wait for applications and do not count;
 //! * if nothing is marked (all its threads are in a FORGET, say), and of any other server, only this is known: `waiting`
-//!   was never zero, and the process made no read or write. Whoever polls, logs or spins is taken for alive, and a
-//!   request that waits for an application counts.
+//!   was never zero, and neither the process nor one that descends from it (a keeper's server, say) made a read or
+//!   write. Whoever polls, logs or spins is taken for alive, and a request that waits for an application counts.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -128,8 +128,47 @@ fn serving(pulse: Pulse, waiting: u64, calls: impl Fn() -> Option<[u64; 2]>) -> 
     }
 }
 
-/// How many reads and writes a process has made.
-fn calls(pid: Pid) -> Option<[u64; 2]> {
+/// How many reads and writes a process and its descendants have made. Whoever ends takes his with him: a change, too.
+fn calls(server: Pid) -> Option<[u64; 2]> {
+    let mut sum = calls_of(server)?;
+    for pid in descendants(server) {
+        // It may have ended meanwhile.
+        let [read, written] = calls_of(pid).unwrap_or_default();
+        sum = [sum[0].wrapping_add(read), sum[1].wrapping_add(written)];
+    }
+    Some(sum)
+}
+
+fn descendants(of: Pid) -> Vec<Pid> {
+    let Ok(proc) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let parents: Vec<(Pid, Pid)> = proc
+        .flatten()
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+            // "PID (NAME) STATE PPID ...", where NAME may hold anything.
+            let (_, rest) = stat.rsplit_once(')')?;
+            let parent = rest.split_whitespace().nth(1)?.parse().ok()?;
+            Some((Pid::from_raw(pid), Pid::from_raw(parent)))
+        })
+        .collect();
+    let mut found = vec![of];
+    let mut at = 0;
+    while let Some(&parent) = found.get(at) {
+        let children = parents
+            .iter()
+            .filter(|(_, p)| *p == parent)
+            .map(|(c, _)| *c);
+        let new: Vec<Pid> = children.filter(|c| !found.contains(c)).collect();
+        found.extend(new);
+        at += 1;
+    }
+    found.split_off(1)
+}
+
+fn calls_of(pid: Pid) -> Option<[u64; 2]> {
     let text = fs::read_to_string(format!("/proc/{pid}/io")).ok()?;
     let number = |key: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(key))?;
@@ -199,6 +238,25 @@ mod tests {
             let now = start + Duration::from_secs(second as u64);
             watchdog.look(look, now).then_some(second)
         })
+    }
+
+    #[test]
+    fn who_descends_from_a_server_is_found() {
+        let mut shell = std::process::Command::new("sh")
+            .args(["-c", "sleep 60 & echo $!; wait"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut out = std::io::BufReader::new(shell.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+        let sleep = Pid::from_raw(line.trim().parse().unwrap());
+        let of = Pid::from_raw(shell.id() as i32);
+        assert_eq!(descendants(of), [sleep]);
+        assert!(descendants(Pid::this()).contains(&sleep));
+        assert!(calls(of) >= calls_of(of));
+        let _ = nix::sys::signal::kill(sleep, nix::sys::signal::Signal::SIGKILL);
+        shell.wait().unwrap();
     }
 
     #[test]

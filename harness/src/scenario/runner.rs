@@ -93,6 +93,26 @@ pub fn kernel() -> Result<String> {
     Ok(name.release().to_string_lossy().into_owned())
 }
 
+/// Tells builds of kernel and program apart, of which results do not add up; the release is the same for all of them.
+pub fn build() -> Result<String> {
+    use std::hash::Hasher;
+    let digest = |bytes: &[u8]| {
+        let mut hasher = std::hash::DefaultHasher::new();
+        hasher.write(bytes);
+        hasher.finish()
+    };
+    let version = nix::sys::utsname::uname()?;
+    let version = version.version().to_string_lossy().into_owned();
+    // The build ID is in there.
+    let notes = std::fs::read("/sys/kernel/notes").unwrap_or_default();
+    let program = std::fs::read("/proc/self/exe").context("cannot read this program")?;
+    Ok(format!(
+        "{version}, notes {:016x}, program {:016x}",
+        digest(&notes),
+        digest(&program)
+    ))
+}
+
 /// Whether somebody wants the run to end.
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::SeqCst)

@@ -109,6 +109,15 @@ pub const ATTRIBUTES: &[Op] = &[
     ("xattr removed that is not there", |b| {
         say(removexattr(&b.join("file"), "trusted.a"))
     }),
+    ("ACL removed that is not there", |b| {
+        let default = "system.posix_acl_default";
+        format!(
+            "{} {} {}",
+            say(removexattr(&b.join("file"), "system.posix_acl_access")),
+            say(removexattr(&b.join("full"), "system.posix_acl_access")),
+            say(removexattr(&b.join("full"), default)),
+        )
+    }),
     ("xattr of a symbolic link", |b| {
         say(setxattr(&b.join("link"), "trusted.l", b"link", 0))
     }),

@@ -81,6 +81,8 @@ struct Series {
 #[derive(Serialize, Deserialize)]
 struct Results {
     kernel: String,
+    #[serde(default)]
+    build: String,
     threads: u16,
     inodes: BTreeMap<u64, Series>,
 }
@@ -94,6 +96,7 @@ pub fn run(args: &Args, env: &Env<'_>) -> Result<()> {
     catch_signals()?;
     let mut results = Results {
         kernel: super::kernel()?,
+        build: crate::scenario::runner::build()?,
         threads: args.threads,
         inodes: BTreeMap::new(),
     };
@@ -102,11 +105,14 @@ pub fn run(args: &Args, env: &Env<'_>) -> Result<()> {
         let earlier: Results =
             serde_json::from_slice(&text).with_context(|| format!("{}", path.display()))?;
         ensure!(
-            earlier.kernel == results.kernel && earlier.threads == results.threads,
-            "{} is of kernel {} and {} threads",
+            (&earlier.kernel, &earlier.build, earlier.threads)
+                == (&results.kernel, &results.build, results.threads),
+            "{} is of kernel {} and {} threads, or of another build of kernel or program ({}; now {})",
             path.display(),
             earlier.kernel,
-            earlier.threads
+            earlier.threads,
+            earlier.build,
+            results.build
         );
         results = earlier;
     }

@@ -334,7 +334,16 @@ impl Supervisor {
     fn on_told(&mut self, told: Told) -> Result<()> {
         let (how, error) = match told {
             Told::Restarted => ("restarted", None),
-            Told::Resent => ("resent", None),
+            Told::Resent => {
+                if self.status.last_notification.as_deref() != Some("resent") {
+                    warn!(
+                        "this kernel, or this server's INIT, knows no recovery: unanswered requests were only sent again; \
+                         nothing is promised of names and attributes that the kernel cached, of lookup counts, and of \
+                         order (see Documentation/server-authors.md)"
+                    );
+                }
+                ("resent", None)
+            }
             Told::Refused(e) => {
                 warn!("the kernel refused to be told of the server's death: {e}; the next server will say it again");
                 ("refused", Some(e.to_string()))

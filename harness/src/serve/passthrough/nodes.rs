@@ -103,7 +103,7 @@ impl Server {
     fn describe(&self, handle: &Handle, st: &libc::stat) -> NewNode {
         NewNode {
             handle: handle.0,
-            domain: self.backing.dev,
+            domain: self.domain,
             generation: handle.generation(),
             ino: st.st_ino,
             mode: st.st_mode,
@@ -122,7 +122,7 @@ impl Server {
 
     /// The node of a file that the kernel holds now; 0 if it holds none.
     pub fn known(&self, handle: &Handle) -> u64 {
-        match self.state.nodes().find(self.backing.dev, &handle.0) {
+        match self.state.nodes().find(self.domain, &handle.0) {
             Some(node) if node.lookups > 0 => node.nodeid,
             _ => 0,
         }

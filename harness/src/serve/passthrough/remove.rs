@@ -237,7 +237,18 @@ impl Server {
         match buried {
             Ok(()) => Ok(()),
             Err(e) => {
-                sys::rename_at(from, name, to, newname, libc::RENAME_EXCHANGE)?;
+                match sys::rename_at(from, name, to, newname, libc::RENAME_EXCHANGE) {
+                    // The empty directory is gone, and its whiteout could not be made: nothing to exchange with.
+                    Err(Errno::ENOENT) => {
+                        tracing::warn!(
+                            "a rename failed ({}) when the empty directory {} in its way was already removed",
+                            e.desc(),
+                            target.nodeid
+                        );
+                        sys::rename_at(to, newname, from, name, libc::RENAME_NOREPLACE)?;
+                    }
+                    other => other?,
+                }
                 Err(e)
             }
         }

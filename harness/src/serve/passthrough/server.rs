@@ -17,6 +17,7 @@ use super::graveyard::Graveyard;
 use super::handle::Handle;
 use super::intent::Intent;
 use super::make::Kept;
+use super::nodes::ROOT;
 use super::sys::Res;
 use super::wire::Device;
 
@@ -34,6 +35,9 @@ pub struct Options {
 
 pub struct Server {
     pub backing: Backing,
+    /// What the table of nodes has for the backing's device: its number when the mount was made. A number that is not
+    /// the disk's own (btrfs) may be another when the backing was mounted again while no server ran.
+    pub domain: u64,
     pub yard: Graveyard,
     pub state: Arc<State>,
     pub device: Device,
@@ -55,7 +59,9 @@ impl Server {
     ) -> Server {
         // Each can be half as many for a moment: 3/4 together, the rest for what operations open in passing.
         let nofile = usize::try_from(nofile).unwrap_or(usize::MAX);
+        let root = state.nodes().get(ROOT);
         Server {
+            domain: root.map_or(backing.dev, |root| root.info.domain),
             backing,
             yard,
             state,

@@ -46,6 +46,17 @@ pub enum AdoptError {
         /// What the server or the kernel had against it.
         reason: String,
     },
+    /// This instance could not look whether it knows an inode.
+    #[error(
+        "inode {nodeid:#x} could not be looked at: {errno}; the kernel holds everything and revoked nothing: see to \
+         what is short (memory, descriptors), the next instance is shown it again"
+    )]
+    NothingLearned {
+        /// Its nodeid.
+        nodeid: u64,
+        /// What [`super::Recover::replay`] said.
+        errno: Errno,
+    },
     /// Somebody else said RESTARTED during this recovery.
     #[error("another instance took the connection over meanwhile: see that only one is started at a time")]
     Superseded,

@@ -77,7 +77,9 @@ pub trait Recover {
     ///
     /// # Errors
     /// A positive errno (`ESTALE` for what is not known): applications get `EIO` for this inode from now on. An
-    /// error for the root (nodeid 1) refuses the whole recovery.
+    /// error for the root (nodeid 1) refuses the whole recovery. What is of this instance and says nothing of the
+    /// file, `EMFILE`, `ENFILE`, `ENOMEM`, `EINTR` and `EAGAIN`, is not an answer: the adoption ends with
+    /// [`AdoptError::NothingLearned`], and the next instance is shown everything again.
     fn replay(&mut self, state: &State, replay: &Replay) -> Result<Attr, i32>;
 
     /// All inodes were shown: call [`State::settle`], which is all that is done here. Called before COMMIT. `None`:

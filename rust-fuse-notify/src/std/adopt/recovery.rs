@@ -79,6 +79,15 @@ pub(super) fn replay_all<R: Recover>(
     }
 }
 
+/// Whether this errno is of the instance, and says nothing of the file. As an answer it would cost the application
+/// its file for good, which the next instance may well be able to open.
+fn says_nothing(errno: i32) -> bool {
+    matches!(
+        Errno::from_raw(errno),
+        Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::EINTR | Errno::EAGAIN
+    )
+}
+
 fn answer<R: Recover>(
     fd: BorrowedFd<'_>,
     replay: &Replay,
@@ -86,6 +95,13 @@ fn answer<R: Recover>(
     state: &State,
 ) -> Result<(), AdoptError> {
     let verdict = recover.replay(state, replay);
+    if let Err(errno) = verdict {
+        if says_nothing(errno) {
+            let nodeid = replay.nodeid;
+            let errno = Errno::from_raw(errno);
+            return Err(AdoptError::NothingLearned { nodeid, errno });
+        }
+    }
     if verdict.is_ok() {
         // Before the answer: what the kernel counts from then on comes on top. A server may have tables of its own.
         state.nodes().confirm(replay.nodeid, replay.nlookup);

@@ -40,6 +40,8 @@ pub(super) fn file(which: u64) -> NewNode {
 #[derive(Default)]
 pub(super) struct Server {
     pub(super) root_error: Option<i32>,
+    /// What is said of every other inode.
+    pub(super) error: Option<i32>,
     pub(super) fail_resolve: bool,
     pub(super) fail_finish: bool,
     pub(super) calls: Vec<String>,
@@ -69,6 +71,9 @@ impl Recover for Server {
                     ..Attr::default()
                 }),
             };
+        }
+        if let Some(errno) = self.error {
+            return Err(errno);
         }
         let node = state.nodes().replayed(replay)?;
         Ok(Attr {

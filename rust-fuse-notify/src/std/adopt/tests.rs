@@ -513,3 +513,45 @@ fn another_restarted_in_between_is_noticed() {
     let result = fake::with(kernel, || adopt.run(&mut server, session(SIGNS)));
     assert!(matches!(result, Err(AdoptError::Superseded)));
 }
+
+#[test]
+fn an_instance_that_could_not_look_does_not_cost_the_application_its_file() {
+    for (errno, is_answer) in [
+        (libc::ENOMEM, false),
+        (libc::EMFILE, false),
+        (libc::ENFILE, false),
+        (libc::EINTR, false),
+        (libc::EAGAIN, false),
+        (libc::ESTALE, true),
+        (libc::EIO, true),
+    ] {
+        let mount = Mount::served(&[10]);
+        mount.log();
+        let mut server = Server {
+            error: Some(errno),
+            ..Server::default()
+        };
+        let result = mount.adopt(&mut server, SIGNS).map(|adopted| adopted.how);
+        let committed = mount.log().iter().any(|e| e.starts_with("commit"));
+        assert_eq!(committed, is_answer, "{errno}: {result:?}");
+        match result {
+            Ok(How::Recovered { report, .. }) if is_answer => {
+                assert_eq!((report.confirmed, report.revoked), (1, 1), "{errno}");
+                continue;
+            }
+            Err(AdoptError::NothingLearned {
+                nodeid,
+                errno: said,
+            }) => {
+                assert!(nodeid != 1 && said as i32 == errno, "{errno}: {said}");
+            }
+            result => panic!("{errno}: {result:?}"),
+        }
+        let adopted = mount.adopt(&mut Server::default(), SIGNS).unwrap();
+        assert!(
+            matches!(adopted.how, How::Recovered { report, .. } if (report.confirmed, report.revoked) == (2, 0)),
+            "{errno}: {:?}",
+            adopted.how
+        );
+    }
+}

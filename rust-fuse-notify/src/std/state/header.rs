@@ -244,6 +244,8 @@ pub(super) enum Found {
         layout: Layout,
         identity: Identity,
         answered: bool,
+        /// The answer to INIT is kept, whether the kernel has it or not.
+        replied: bool,
     },
 }
 
@@ -307,5 +309,6 @@ pub(super) fn inspect(fd: BorrowedFd<'_>, size: u64) -> Result<Found, StateError
         layout,
         identity: Identity(fixed.identity),
         answered: word(ANSWERED_AT) != 0,
+        replied: word(REPLY_LEN_AT) != 0,
     })
 }

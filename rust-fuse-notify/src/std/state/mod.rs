@@ -104,7 +104,8 @@ pub enum Stage {
     /// [`NotUnderstood`](super::notify::NotifyError::NotUnderstood) too, it was not; the next instance can still
     /// answer it, or the keeper makes a fresh mount with a fresh memfd.
     BeforeInit,
-    /// INIT was answered: the connection can be recovered.
+    /// INIT was answered, or its answer is kept and the next instance gives it once more: the connection can be
+    /// recovered.
     Serving,
 }
 
@@ -164,7 +165,9 @@ impl State {
     /// As [`State::open`].
     pub fn peek(fd: BorrowedFd<'_>) -> Result<Stage, StateError> {
         match header::inspect(fd, size_of_file(fd)?)? {
-            Found::State { answered: true, .. } => Ok(Stage::Serving),
+            Found::State { answered: true, .. } | Found::State { replied: true, .. } => {
+                Ok(Stage::Serving)
+            }
             _ => Ok(Stage::BeforeInit),
         }
     }
