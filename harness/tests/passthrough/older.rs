@@ -40,6 +40,8 @@ fn what_is_not_guaranteed_is_said_once_and_the_rest_works() {
         let warnings = usize::from(old);
         assert_eq!(times("lookup counts drift"), warnings, "{said}");
         assert_eq!(times("no FUSE_NOTIFY_RESTARTED"), warnings, "{said}");
+        // The keeper, whose server need not use the crate.
+        assert_eq!(times("knows no recovery"), warnings, "{said}");
         let (resent, confirmed) = (times("were resent"), times("inodes confirmed"));
         assert_eq!(
             (resent, confirmed),
