@@ -81,6 +81,8 @@ fn a_damaged_state_is_discarded_and_the_mount_lives_on() {
             let (_, after) = text.split_once("so it was discarded")?;
             after.contains(" again: ").then_some(())
         });
+        // Whoever is answered is so after everything was revoked, which is not done inside of the server's COMMIT.
+        assert!(!mnt.join("nobody").exists());
         // Without replays the kernel goes on with what it has cached.
         if !served.stderr().contains("no FUSE_NOTIFY_RESTARTED") {
             for file in [&open, &unlinked] {
