@@ -139,30 +139,18 @@ fn calls(server: Pid) -> Option<[u64; 2]> {
     Some(sum)
 }
 
+/// By `children` of each thread, which says nothing about a process's memory: see `remains::processes`. A kernel without
+/// `CONFIG_PROC_CHILDREN` does not tell.
 fn descendants(of: Pid) -> Vec<Pid> {
-    let Ok(proc) = fs::read_dir("/proc") else {
-        return Vec::new();
-    };
-    let parents: Vec<(Pid, Pid)> = proc
-        .flatten()
-        .filter_map(|entry| {
-            let pid = entry.file_name().to_str()?.parse().ok()?;
-            let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
-            // "PID (NAME) STATE PPID ...", where NAME may hold anything.
-            let (_, rest) = stat.rsplit_once(')')?;
-            let parent = rest.split_whitespace().nth(1)?.parse().ok()?;
-            Some((Pid::from_raw(pid), Pid::from_raw(parent)))
-        })
-        .collect();
     let mut found = vec![of];
     let mut at = 0;
-    while let Some(&parent) = found.get(at) {
-        let children = parents
-            .iter()
-            .filter(|(_, p)| *p == parent)
-            .map(|(c, _)| *c);
-        let new: Vec<Pid> = children.filter(|c| !found.contains(c)).collect();
-        found.extend(new);
+    while let Some(parent) = found.get(at) {
+        let threads = fs::read_dir(format!("/proc/{parent}/task"));
+        for thread in threads.into_iter().flatten().flatten() {
+            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            let children = children.split_whitespace().flat_map(str::parse);
+            found.extend(children.map(Pid::from_raw));
+        }
         at += 1;
     }
     found.split_off(1)
@@ -253,6 +241,7 @@ mod tests {
         let sleep = Pid::from_raw(line.trim().parse().unwrap());
         let of = Pid::from_raw(shell.id() as i32);
         assert_eq!(descendants(of), [sleep]);
+        // Tests run in threads, and each has children of its own.
         assert!(descendants(Pid::this()).contains(&sleep));
         assert!(calls(of) >= calls_of(of));
         let _ = nix::sys::signal::kill(sleep, nix::sys::signal::Signal::SIGKILL);
