@@ -55,6 +55,11 @@ pub enum Event {
     RequestsRefused {
         total: u64,
     },
+    /// The test before a planned restart (`--upgrade-test`); the server goes on if it did not pass. `how`: why not.
+    Tried {
+        passed: bool,
+        how: Option<String>,
+    },
     /// All that the dead instance left behind is gone.
     Cleared {
         pid: i32,

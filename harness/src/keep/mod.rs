@@ -39,7 +39,7 @@ again; applications wait meanwhile, and go on.
 Signals:
   SIGTERM, SIGINT  unmount, then stop the server.  If the mount is in use, says by whom and goes on serving;
                    a second one unmounts lazily and stops
-  SIGHUP           planned restart: SIGTERM to the server, then the next instance
+  SIGHUP           planned restart: SIGTERM to the server, then the next instance (see --upgrade-test)
   SIGUSR1          hold restarts back: when the server ends (or if it is down now), applications wait
   SIGUSR2          restart again
 
@@ -49,6 +49,9 @@ ends.  So one keeper can keep another, which may then be killed; `status` shows 
 Examples:
   fuse-restart keep --mountpoint /mnt -- fuse-restart serve passthrough /srv/data &
   fuse-restart status /mnt
+  fuse-restart keep --mountpoint /mnt --upgrade-test \
+      'fuse-restart serve passthrough --self-test --replacing $FUSE_RESTART_SERVER /srv/data' -- \
+      fuse-restart serve passthrough /srv/data &
   fuse-restart keep --mountpoint /mnt -- \\
       fuse-restart keep --mountpoint /mnt -- fuse-restart serve passthrough /srv/data")]
 pub struct Args {
@@ -81,6 +84,13 @@ pub struct Args {
     /// Requests that a dead server had in its hands are run one at a time by the next one, if it marks its requests.
     #[arg(long, value_name = "N", default_value_t = rust_fuse_notify::std::state::DEFAULT_MAX_TRIES)]
     pub max_tries: u32,
+
+    /// Run COMMAND (by sh -c) before a planned restart; if it fails, or takes over a minute, the server goes on
+    ///
+    /// FUSE_RESTART_SERVER is the server's pid. For `serve passthrough` it is its own command line with --self-test, which
+    /// looks whether that binary, with these options, could go on with the mount.
+    #[arg(long, value_name = "COMMAND", value_parser = supervisor::upgrade::command)]
+    pub upgrade_test: Option<OsString>,
 
     /// Append what happens to FILE, one JSON object a line
     #[arg(long, value_name = "FILE")]

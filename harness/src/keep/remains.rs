@@ -92,12 +92,12 @@ impl Remains {
     }
 
     /// Reaps orphans of a server that lives: it may run for years, and they are ours.
-    pub fn reap_strays(server: Pid) {
+    pub fn reap_strays(server: Pid, trial: Option<Pid>) {
         let peek = WaitPidFlag::WNOHANG | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         while let Ok(status) = waitid(Id::All, peek) {
             match status.pid() {
-                Some(pid) if pid != server => drop(waitpid(pid, None)),
-                // The server itself: its death has an order of its own. None: nobody.
+                Some(pid) if pid != server && Some(pid) != trial => drop(waitpid(pid, None)),
+                // The server itself: its death has an order of its own. The test of its successor. None: nobody.
                 _ => break,
             }
         }

@@ -169,7 +169,7 @@ unsafe fn fork_into(cgroup: Option<BorrowedFd>) -> Result<Forked> {
     }
 }
 
-fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
+pub(super) fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
     // SAFETY: plain system call; a descriptor that it returns is new and ours (and always close-on-exec).
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
     if fd < 0 {

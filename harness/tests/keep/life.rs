@@ -121,6 +121,59 @@ fn a_hangup_is_a_planned_restart() {
 }
 
 #[test]
+fn who_is_to_follow_is_tried_first() {
+    crate::skip_if_impossible!();
+    let dir = tempfile::tempdir().unwrap();
+    let verdict = dir.path().join("verdict");
+    // Says which server it is about, waits for a verdict, and has no descriptor beyond the usual three.
+    let test = format!(
+        "echo $FUSE_RESTART_SERVER > {0}.pid; ls /proc/self/fd > {0}.fds; \
+         until test -e {0}; do sleep 0.05; done; exit $(cat {0})",
+        verdict.display()
+    );
+    let mut keeper = Keeper::start(
+        &["--max-restarts", "0", "--upgrade-test", &test],
+        &["sleep", "1000"],
+    );
+    let server = pid_of(&keeper.event("started", 1));
+    for (code, passes) in [("7", false), ("0", true)] {
+        let _ = fs::remove_file(&verdict);
+        let _ = fs::remove_file(verdict.with_extension("pid"));
+        keeper.signal(Signal::SIGHUP);
+        let about = wait_for("the test to begin", || {
+            let text = fs::read_to_string(verdict.with_extension("pid")).ok()?;
+            text.trim().parse::<i32>().ok()
+        });
+        assert!(about == server && alive(server));
+        // A second one changes nothing.
+        keeper.signal(Signal::SIGHUP);
+        fs::write(verdict.with_extension("new"), code).unwrap();
+        fs::rename(verdict.with_extension("new"), &verdict).unwrap();
+        let tried = keeper.event("tried", if passes { 2 } else { 1 });
+        assert_eq!(tried["passed"], passes, "{tried}");
+        if passes {
+            assert_ne!(pid_of(&keeper.event("started", 2)), server);
+            assert!(!alive(server));
+        } else {
+            assert!(alive(server));
+            assert!(keeper.stderr().contains("goes on"), "{}", keeper.stderr());
+        }
+    }
+    // `ls` has its directory open.
+    let fds = fs::read_to_string(verdict.with_extension("fds")).unwrap();
+    assert_eq!(fds.lines().count(), 4, "{fds}");
+    // The one that is being tried when the keeper ends does not stay.
+    fs::remove_file(&verdict).unwrap();
+    fs::remove_file(verdict.with_extension("pid")).unwrap();
+    keeper.signal(Signal::SIGHUP);
+    wait_for("the last test to begin", || {
+        fs::read_to_string(verdict.with_extension("pid")).ok()
+    });
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+}
+
+#[test]
 fn restarts_can_be_held_back() {
     crate::skip_if_impossible!();
     let mut keeper = Keeper::start(&[], &["sleep", "1000"]);

@@ -7,7 +7,9 @@
 mod ending;
 mod hang;
 mod setup;
+pub mod upgrade;
 
+use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -93,6 +95,9 @@ pub struct Supervisor {
     planned: bool,
     /// ... and this is how long it may take.
     kill_at: Option<Instant>,
+    /// What is to pass before a planned restart, for `sh -c`.
+    upgrade_test: Option<OsString>,
+    trial: Option<upgrade::Trial>,
     log: EventLog,
     status_file: Option<StatusFile>,
     status: Status,
@@ -137,6 +142,9 @@ impl Supervisor {
         if let Phase::Running(instance) = &self.phase {
             fds.push(PollFd::new(instance.pidfd.as_fd(), PollFlags::POLLIN));
         }
+        if let Some(trial) = &self.trial {
+            fds.push(PollFd::new(trial.pidfd(), PollFlags::POLLIN));
+        }
         let timeout = match self.next_deadline() {
             None => PollTimeout::NONE,
             Some(at) => {
@@ -154,10 +162,14 @@ impl Supervisor {
 
     fn next_deadline(&self) -> Option<Instant> {
         match &self.phase {
-            Phase::Running(_) => [self.kill_at, self.watchdog.as_ref().map(|w| w.next)]
-                .into_iter()
-                .flatten()
-                .min(),
+            Phase::Running(_) => [
+                self.kill_at,
+                self.watchdog.as_ref().map(|w| w.next),
+                self.trial.as_ref().map(|t| t.until),
+            ]
+            .into_iter()
+            .flatten()
+            .min(),
             Phase::Clearing { .. } => Some(Instant::now() + KILL_AGAIN),
             Phase::Waiting(due) => *due,
         }
@@ -168,14 +180,7 @@ impl Supervisor {
     fn on_signal(&mut self, signal: i32) -> Result<Option<End>> {
         match signal {
             libc::SIGTERM | libc::SIGINT => self.on_stop_request()?,
-            libc::SIGHUP => match &self.phase {
-                Phase::Running(instance) => {
-                    info!("planned restart of the server (pid {})", instance.pid);
-                    let pid = instance.pid;
-                    self.ask_to_end(pid);
-                }
-                _ => info!("a restart is on its way already"),
-            },
+            libc::SIGHUP => self.on_upgrade(),
             libc::SIGUSR1 => {
                 info!("restarts are held back until SIGUSR2");
                 self.paused = true;
@@ -192,7 +197,8 @@ impl Supervisor {
             // SIGCHLD: the remains of a dead instance are looked at in on_time.
             _ => {
                 if let Phase::Running(instance) = &self.phase {
-                    Remains::reap_strays(instance.pid);
+                    let trial = self.trial.as_ref().map(upgrade::Trial::pid);
+                    Remains::reap_strays(instance.pid, trial);
                 }
             }
         }
@@ -202,6 +208,7 @@ impl Supervisor {
     fn on_time(&mut self) -> Result<Option<End>> {
         let now = Instant::now();
         self.look_for_hang(now);
+        self.look_at_trial(now);
         if let Phase::Running(instance) = &self.phase {
             if readable(&instance.pidfd) {
                 self.on_death()?;
@@ -249,6 +256,8 @@ impl Supervisor {
             return Ok(());
         };
         let (pid, lived) = (instance.pid, instance.started.elapsed());
+        // What it was about is gone.
+        self.trial = None;
         self.remains.kill(pid);
         let status = nix::sys::wait::waitpid(pid, None)
             .with_context(|| format!("waiting for the server (pid {pid})"))?;

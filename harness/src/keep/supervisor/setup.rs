@@ -118,6 +118,8 @@ impl Supervisor {
             paused: false,
             planned: false,
             kill_at: None,
+            upgrade_test: args.upgrade_test.clone(),
+            trial: None,
             log,
             status_file,
             status,
