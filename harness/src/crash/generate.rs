@@ -71,7 +71,7 @@ pub const FOCUSES: &[Focus] = &[
 /// Long workloads of everything.
 pub const MIXED: Focus = focus("mixed", "", NOISE);
 /// Longer ones, for many deaths.
-pub const MANY: Focus = focus(super::plan::MANY, "", NOISE);
+pub const MANY: Focus = focus(super::plan::MANY, "", EVERYTHING);
 
 const NOISE: &[Step] = &[
     steps::create,
@@ -104,6 +104,45 @@ const NOISE: &[Step] = &[
     steps::getattr,
     steps::seek,
     steps::map,
+];
+
+/// All of it.
+const EVERYTHING: &[Step] = &[
+    steps::create,
+    steps::mkdir,
+    steps::mknod,
+    steps::symlink,
+    steps::link,
+    steps::unlink,
+    steps::unlink_held,
+    steps::rmdir,
+    steps::rmdir_held,
+    steps::rename,
+    steps::rename_over_file,
+    steps::rename_over_dir,
+    steps::rename_noreplace,
+    steps::rename_exchange,
+    steps::rename_whiteout,
+    steps::attributes,
+    steps::truncate,
+    steps::set_xattr,
+    steps::remove_xattr,
+    steps::get_xattr,
+    steps::write,
+    steps::append,
+    steps::fallocate,
+    steps::copy,
+    steps::open,
+    steps::read,
+    steps::fsync,
+    steps::getattr,
+    steps::seek,
+    steps::map,
+    steps::stream,
+    steps::lookup,
+    steps::readlink,
+    steps::fsync_dir,
+    steps::statfs,
 ];
 
 /// Changes that the journal knows: what is killed first when recoveries are killed.
@@ -260,6 +299,14 @@ mod tests {
     #[test]
     fn everything_that_the_journal_knows_is_a_focus() {
         assert!(JOURNALLED.iter().all(|name| find(name).is_some()));
+    }
+
+    #[test]
+    fn many_deaths_leave_no_kind_of_step_out() {
+        let kinds = FOCUSES.iter().filter(|focus| !focus.opcode.is_empty());
+        for step in kinds.flat_map(|focus| focus.steps).chain(NOISE) {
+            assert!(EVERYTHING.contains(step));
+        }
     }
 
     #[test]
