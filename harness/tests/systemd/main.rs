@@ -143,6 +143,9 @@ fn the_mount_outlives_what_systemd_does_to_its_server() {
     });
     eprintln!("crash loop: done");
 
+    dies_early(&manager, &dir);
+    eprintln!("crash loop before it is ready: done");
+
     upgrade(&manager, &dir);
     eprintln!("upgrade: done");
 
@@ -159,15 +162,49 @@ fn the_mount_outlives_what_systemd_does_to_its_server() {
     assert_eq!(manager.property("Result"), "success");
 }
 
+fn replace(dir: &Path, by: &Path) {
+    let new = dir.join("bin/new");
+    fs::copy(by, &new).unwrap();
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(&new, dir.join("bin/fuse-restart")).unwrap();
+}
+
+/// No instance comes as far as READY, until there is a better one: the applications wait, and nothing is lost.
+///
+/// A child of ours would wait, too: it has the files of the applications until it execs, and to close one is a request. So
+/// one that was started before does it all.
+fn dies_early(manager: &Manager, dir: &Path) {
+    let dies = dir.join("dies");
+    fs::write(&dies, "#!/bin/sh\nkill -9 $$\n").unwrap();
+    fs::set_permissions(&dies, fs::Permissions::from_mode(0o755)).unwrap();
+    let script = format!(
+        "cd {}; show() {{ systemctl show -P $1 {UNIT}; }}
+         enough=$(($(show NRestarts) + 7)); n=0; ok=yes
+         cp dies bin/new && mv bin/new bin/fuse-restart
+         systemctl kill --kill-whom=main -s KILL {UNIT}
+         until test $(show NRestarts) -ge $enough; do
+             n=$((n + 1)); test $n -lt 300 || {{ ok=no; break; }}; sleep 0.1
+         done
+         echo restarted 7 times: $ok, $(show NFileDescriptorStore) descriptors
+         cp {} bin/new && mv bin/new bin/fuse-restart",
+        dir.display(),
+        BINARY
+    );
+    under_load(manager, "servers that die before they serve", |all_go_on| {
+        let old = manager.property("MainPID");
+        let out = manager.inside(&["sh", "-c", &script]);
+        let said = String::from_utf8_lossy(&out.stdout).trim().to_owned();
+        // First: or nobody ends.
+        all_go_on();
+        assert_eq!(said, "restarted 7 times: yes, 2 descriptors", "{out:?}");
+        new_server(manager, &old);
+    });
+}
+
 /// As a package does it: the new binary gets the name of the old one, tests itself, and only then the old one goes.
 fn upgrade(manager: &Manager, dir: &Path) {
     let binary = dir.join("bin/fuse-restart");
-    let replace = |by: &Path| {
-        let new = dir.join("bin/new");
-        fs::copy(by, &new).unwrap();
-        fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
-        fs::rename(&new, &binary).unwrap();
-    };
+    let replace = |by: &Path| replace(dir, by);
     let step = |options: &str| {
         format!(
             "{} serve passthrough --self-test --replacing $(systemctl show -P MainPID {UNIT}) {options} {} && \
