@@ -5,8 +5,11 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{chown, FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
-use crate::served::{run, wait_for, Kind, Scratch, Served, KINDS};
+use nix::sys::signal::{kill, Signal};
+
+use crate::served::{run, wait_for, Kind, Scratch, Served, BINARY, KINDS};
 use crate::snapshot;
 
 const HIDDEN: &str = ".fuse-restart-graveyard";
@@ -303,6 +306,60 @@ fn graves_of_an_earlier_mount_are_removed() {
         .collect();
     assert_eq!(left, ["foreign"]);
     drop(served);
+}
+
+/// While a mount has no server its lock is gone, too, and somebody serves the same directory at another place.
+#[test]
+fn graves_of_a_mount_without_a_server_are_left_alone() {
+    let Some(served) = Served::start(Kind::Tmpfs, &[]) else {
+        return;
+    };
+    let device = fs::read_dir(format!("/proc/{}/fdinfo", served.server_pid())).unwrap();
+    let told = device
+        .flatten()
+        .any(|fd| fs::read_to_string(fd.path()).is_ok_and(|text| text.contains("fuse_connection")));
+    if !told {
+        eprintln!("SKIPPED: this kernel does not tell the number of a connection");
+        return;
+    }
+    // Started before anything is open here: a child has that until it execs, and closing it would wait for a server.
+    let dir = tempfile::tempdir().unwrap();
+    let (go, other) = (dir.path().join("go"), dir.path().join("mnt"));
+    fs::create_dir(&other).unwrap();
+    let second = format!(
+        "until test -e {}; do sleep 0.05; done
+         exec {BINARY} keep --max-restarts 0 --mountpoint {} -- {BINARY} serve passthrough {}",
+        go.display(),
+        other.display(),
+        served.back().display()
+    );
+    let second = Command::new("sh")
+        .args(["-c", &second])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    fs::write(served.mnt().join("file"), b"content").unwrap();
+    let mut open = File::open(served.mnt().join("file")).unwrap();
+    fs::remove_file(served.mnt().join("file")).unwrap();
+    kill(served.keeper_pid(), Signal::SIGUSR1).unwrap();
+    kill(served.server_pid(), Signal::SIGKILL).unwrap();
+    wait_for("the mount to have no server", || {
+        (!served.events("waiting").is_empty()).then_some(())
+    });
+    fs::write(&go, b"").unwrap();
+    let second = second.wait_with_output().unwrap();
+    kill(served.keeper_pid(), Signal::SIGUSR2).unwrap();
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(!second.status.success(), "{said}");
+    assert!(said.contains("belongs to another mount"), "{said}");
+    let mut text = String::new();
+    open.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "content");
+    drop(open);
+    // A mount that is gone leaves what anybody may clear away.
+    let scratch = served.unmount();
+    let next = Served::on(scratch, &[]);
+    fs::write(next.mnt().join("file"), b"again").unwrap();
 }
 
 #[test]

@@ -258,7 +258,7 @@ impl Served {
         fs::read_to_string(self.dir.path().join("stderr")).unwrap_or_default()
     }
 
-    fn events(&self, name: &str) -> Vec<Value> {
+    pub fn events(&self, name: &str) -> Vec<Value> {
         let text = fs::read_to_string(self.dir.path().join("events")).unwrap_or_default();
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         let events = whole

@@ -109,7 +109,12 @@ impl Graveyard {
     }
 
     fn dir(&self) -> Res<BorrowedFd<'_>> {
-        self.dir.as_ref().map(AsFd::as_fd).ok_or(Errno::EROFS)
+        self.open_dir().ok_or(Errno::EROFS)
+    }
+
+    /// The hidden directory; `None` on a backing that cannot be written.
+    pub fn open_dir(&self) -> Option<BorrowedFd<'_>> {
+        self.dir.as_ref().map(AsFd::as_fd)
     }
 
     /// Takes the last name of a file away, in one step; `flags`: 0, or `RENAME_WHITEOUT` for what is to be in its

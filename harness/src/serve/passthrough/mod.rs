@@ -4,7 +4,7 @@
 //! The map: [`fs`] is fuser's trait, [`answer`] gives the answers; [`nodes`], [`make`], [`remove`],
 //! [`attr`] and [`open`] are the operations; [`server`] is what they share. [`intent`] says what
 //! the journal remembers of a change, [`recover`] what a new instance does with it.
-//! [`graveyard`] keeps what has lost its name. [`backing`], [`handle`], [`dents`], [`creds`],
+//! [`graveyard`] keeps what has lost its name, [`owner`] says whose. [`backing`], [`handle`], [`dents`], [`creds`],
 //! [`sys`] talk to the backing file system, [`wire`] to the kernel where fuser cannot.
 
 mod answer;
@@ -24,6 +24,7 @@ mod intent;
 mod make;
 mod nodes;
 mod open;
+mod owner;
 mod recover;
 mod remove;
 mod self_test;
@@ -175,6 +176,10 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     yard.lock()
         .with_context(|| format!("cannot serve {shown}"))?;
     let first = state.nodes().is_empty();
+    if let Some(dir) = yard.open_dir().filter(|_| first) {
+        owner::claim(dir, inherited.device.as_fd())
+            .with_context(|| format!("cannot serve {shown}"))?;
+    }
 
     let state = Arc::new(state);
     super::stop::on_term(wire::duplicate(inherited.device.as_fd())?, state.clone())?;
