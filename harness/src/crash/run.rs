@@ -27,6 +27,8 @@ use crate::scenario::runner::{self, interrupted};
 
 /// How often the shortest workload is asked for.
 const TRIES: usize = 60;
+/// The same of a case that is broken: each try may wait in vain for as long as one waits.
+const TRIES_OF_BROKEN: usize = 20;
 /// How often a case is run at most whose point is not reached.
 const ATTEMPTS: usize = 3;
 const TELL_EVERY: Duration = Duration::from_secs(15);
@@ -189,7 +191,7 @@ impl<'a> Matrix<'a> {
             println!("  (against the reason of its cell)");
         }
         if judged.verdict == Verdict::Differs && !self.args.no_shortest {
-            println!("{}", shortest(&running, &judged).unwrap_or_default());
+            println!("{}", shortest(&running, &judged, TRIES).unwrap_or_default());
         }
         Ok(exit(judged.verdict == Verdict::Same))
     }
@@ -361,10 +363,15 @@ impl<'a> Matrix<'a> {
                 }
                 Err(e) => reason += &format!("\n    and without a crash: {e:#}"),
             }
-            if !self.args.no_shortest {
-                short = shortest(running, judged);
-                println!("{}", short.clone().unwrap_or_default());
-            }
+        }
+        let tries = match judged.verdict {
+            Verdict::Differs => TRIES,
+            Verdict::Broken => TRIES_OF_BROKEN,
+            _ => 0,
+        };
+        if whole && tries > 0 && !self.args.no_shortest {
+            short = shortest(running, judged, tries);
+            println!("{}", short.clone().unwrap_or_default());
         }
         // There are thousands of these.
         if !expected || self.ledger.whole().failures.len() < 200 {
@@ -435,8 +442,8 @@ fn write(path: &Path, text: &str) -> Result<()> {
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
-fn shortest(running: &Running<'_>, judged: &Judged) -> Option<String> {
-    let (workload, case, reason) = running.shortest(judged, TRIES)?;
+fn shortest(running: &Running<'_>, judged: &Judged, tries: usize) -> Option<String> {
+    let (workload, case, reason) = running.shortest(judged, tries)?;
     Some(format!(
         "  shortest workload that shows it ({} operations, killed at {}):\n{workload}{reason}",
         workload.len(),
