@@ -87,7 +87,7 @@ pub struct Args {
 
     /// Run COMMAND (by sh -c) before a planned restart; if it fails, or takes over a minute, the server goes on
     ///
-    /// FUSE_RESTART_SERVER is the server's pid. For `serve passthrough` it is its own command line with --self-test, which
+    /// FUSE_RESTART_SERVER is the server's pid. It must not ask the mount anything, whose server may die meanwhile. For `serve passthrough` it is its own command line with --self-test, which
     /// looks whether that binary, with these options, could go on with the mount.
     #[arg(long, value_name = "COMMAND", value_parser = supervisor::upgrade::command)]
     pub upgrade_test: Option<OsString>,

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::sys::signal::{killpg, SigSet, Signal};
-use nix::sys::wait::{waitpid, WaitStatus};
+use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 use tracing::{error, info};
 
@@ -98,7 +98,9 @@ impl Drop for Trial {
     fn drop(&mut self) {
         if !self.reaped {
             let _ = killpg(self.pid, Signal::SIGKILL);
-            let _ = waitpid(self.pid, None);
+            // Without waiting: should it ask the mount something, it waits for a server, and so would the keeper, which
+            // alone can start one. Who is not gone yet is reaped with the remains of the server.
+            let _ = waitpid(self.pid, Some(WaitPidFlag::WNOHANG));
         }
     }
 }
