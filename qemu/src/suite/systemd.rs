@@ -31,6 +31,7 @@ const SURVIVES: &[&str] = &[
     "examples::",
     "what_only_a_current_directory",
     "what_is_open",
+    "graves_of_a_mount",
 ];
 
 pub fn run(paths: &Paths, tally: &mut Tally) {

@@ -5,8 +5,9 @@
 //! graveyard has the mount's mark (an extended attribute: the boot, and the kernel's number of the connection), and the first
 //! server of another mount looks at it before it clears away what an ended one has left.
 //!
-//! Kernels before 6.15 or so do not tell the number of a connection (`fuse_connection` in fdinfo), and some file systems
-//! have no such attributes: there nothing is marked, and only a server that lives keeps another one out.
+//! A mount whose connection was aborted uses nothing any more, however many still have it open, and must not be in the way of
+//! the next one. Only a kernel with the series tells that of a connection. On others, where fusectl is not mounted, and on a file
+//! system without such attributes only a server that lives keeps another one out.
 
 use std::fs;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -51,9 +52,11 @@ impl Mark {
         })
     }
 
-    /// Whether the mount may be there still.
+    /// Whether a server can still come for that mount.
     fn lives(&self) -> bool {
-        boot().as_ref() == Some(&self.boot) && fusectl::directory(self.connection).exists()
+        let recovery = || fusectl::recovery(self.connection).ok().flatten();
+        boot().as_ref() == Some(&self.boot)
+            && recovery().is_some_and(|r| r.supported() && r.state != "dead")
     }
 }
 
