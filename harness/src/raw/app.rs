@@ -154,15 +154,19 @@ impl<T: Send + 'static> App<T> {
 
     /// How often the thread has gone to sleep by itself; endless if it is gone.
     pub fn times_asleep(&self) -> Result<u64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.tid));
-        let Ok(status) = status else {
-            return Ok(u64::MAX);
-        };
-        let line = status
-            .lines()
-            .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
-        Ok(line.context("no voluntary_ctxt_switches")?.trim().parse()?)
+        times_asleep(self.tid)
     }
+}
+
+/// How often a thread has gone to sleep by itself; endless if it is gone.
+pub fn times_asleep(tid: i32) -> Result<u64> {
+    let Ok(status) = fs::read_to_string(format!("/proc/{tid}/status")) else {
+        return Ok(u64::MAX);
+    };
+    let line = status
+        .lines()
+        .find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+    Ok(line.context("no voluntary_ctxt_switches")?.trim().parse()?)
 }
 
 /// The state letter of a task, and where it sleeps.

@@ -14,13 +14,14 @@ use super::patience::Knob;
 use super::stale::changed_meanwhile;
 use super::stale_data::{cached, FAULT_AROUND};
 use super::Scenario;
-use crate::raw::app::{App, Proc};
+use crate::raw::app::{times_asleep, App, Proc};
 use crate::raw::env::Env;
 use crate::raw::kit::{Config, Kit};
 use crate::raw::msg::Message;
 use crate::raw::ops::{self, Done};
 use crate::raw::trap::Trap;
-use crate::raw::wire::{fopen, op};
+use crate::raw::wait::wait_for;
+use crate::raw::wire::{fopen, op, ROOT};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![
@@ -28,6 +29,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "stale-data/write-under-way",
             "who reads while a write is under way leaves nothing of before it in the cache",
             overwrite,
+        ),
+        Scenario::series(
+            "stale-data/write-begun",
+            "nor if what is stale was dropped before the WRITE is made",
+            write_begun,
         ),
         Scenario::series(
             "stale-data/append-under-way",
@@ -38,6 +44,16 @@ pub fn scenarios() -> Vec<Scenario> {
             "stale-data/direct-read-under-way",
             "what a direct read brings into a mapping of such a file is not lost",
             direct_read,
+        ),
+        Scenario::series(
+            "stale-data/direct-read-meanwhile",
+            "nor what one brings that begins while a page is being dropped",
+            direct_read_meanwhile,
+        ),
+        Scenario::series(
+            "stale-data/mapped-under-way",
+            "a page that came back too early, and was changed in a mapping and written, does not undo a write",
+            mapped_under_way,
         ),
         Scenario::series(
             "stale-data/direct-write-under-way",
@@ -110,6 +126,30 @@ fn overwrite(env: &Env<'_>) -> Result<()> {
     let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
     let write = crash_in_write(&mut kit)?;
     read_first(&mut kit, fd, &write, &app)?;
+    reads(&mut kit, fd, 0, b"Content of 0")
+}
+
+/// The page is filled, and dropped and read again, before there is a WRITE.
+fn write_begun(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let filled = Trap::arm("write_filled")?;
+    let done = Trap::arm_beside("drop_over")?;
+    let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
+    kit.serve_until("the write to fill its page", |_| Ok(filled.stopped()))?;
+    changed_meanwhile(&mut kit, |kit| {
+        let f0 = kit.tree.child(ROOT, "f0").expect("populated");
+        kit.tree.node_mut(f0).mtime += 10;
+    })?;
+    done.wait(kit.patience)?;
+    done.go();
+    let found = kit.run("a read before", move || ops::pread(fd, 100, 0))?;
+    ensure!(
+        found == Ok(b"content of 0".to_vec()),
+        "before the WRITE f0 reads {found:?}"
+    );
+    filled.go();
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(1), "the write gave {wrote:?}");
     reads(&mut kit, fd, 0, b"Content of 0")
 }
 
@@ -196,6 +236,103 @@ fn direct_read(env: &Env<'_>) -> Result<()> {
     );
     kit.check_counts()?;
     still_serves(&mut kit)
+}
+
+/// Who reads directly has dropped what is stale himself, and finds the page that somebody has read again and that the worker is
+/// about to drop once more.
+fn direct_read_meanwhile(env: &Env<'_>) -> Result<()> {
+    let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR)?;
+    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    ensure!(first == b"c", "f0 begins with {first:?}");
+    let _knob = Knob::set(FAULT_AROUND, "4096")?;
+    let teardown = Trap::arm("teardown")?;
+    changed_meanwhile(&mut kit, |kit| {
+        let f0 = kit.tree.child(ROOT, "f0").expect("populated");
+        kit.tree.node_mut(f0).mtime += 10;
+    })?;
+    teardown.wait(kit.patience)?;
+    let checked = Trap::arm_beside("fault_checked")?;
+    // A process of its own: it has its memory locked until the page is there, and no thread can be made beside it.
+    let mut app = Proc::spawn("a direct read", &[kit.dev.raw()], || {
+        // SAFETY: the mapping is longer than that, and nobody has a reference to it.
+        if unsafe { libc::pread(from, at as *mut libc::c_void, 12, 0) } != 12 {
+            return 1;
+        }
+        // SAFETY: still mapped.
+        i32::from(unsafe { (at as *const u8).add(11).read_volatile() })
+    })?;
+    checked.wait(kit.patience)?;
+    kit.run("a read", move || ops::pread(fd, 12, 0))??;
+    let decided = teardown.then("drop_decided")?;
+    decided.wait(kit.patience)?;
+    // It goes on to the page, which is locked, or with it to the server.
+    let before = times_asleep(app.tid())?;
+    checked.go();
+    wait_for("the direct read to go on", kit.patience, || {
+        Ok(times_asleep(app.tid())? > before)
+    })?;
+    app.wait_asleep(kit.patience)?;
+    let done = decided.then("drop_done")?;
+    // A page that was made dirty meanwhile would be written first.
+    let mut later = Vec::new();
+    let patience = kit.patience;
+    wait_for("the page to be dropped", patience, || {
+        while kit.readable()? {
+            let m = kit.next_request()?;
+            match m.is(op::READ) {
+                true => later.push(m),
+                false => kit.answer(&m)?,
+            }
+        }
+        Ok(done.stopped())
+    })?;
+    for read in &later {
+        kit.answer(read)?;
+    }
+    kit.serve_until("the end of the direct read", |_| app.ended())?;
+    done.go();
+    let last = app.wait_code(kit.patience)?;
+    ensure!(
+        last == i32::from(b'1'),
+        "the direct read was for nothing: its last byte is {last}"
+    );
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+/// The WRITE that was sent again is executed at once and answered late. Meanwhile its page was dropped, read again as it was
+/// before, changed by somebody else, and is being written as a whole.
+fn mapped_under_way(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
+    let write = crash_in_write(&mut kit)?;
+    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    ensure!(first == b"c", "before the WRITE f0 begins with {first:?}");
+    let mapped = kit.app("a store, and sync_file_range", move || {
+        // SAFETY: mapped, and the file is not empty.
+        unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
+        // msync() would wait for the lock that the writer has.
+        let how = libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+        // SAFETY: plain numbers.
+        let synced = unsafe { libc::sync_file_range(fd, 0, 4096, how) };
+        nix::errno::Errno::result(synced)
+    })?;
+    let whole = kit.until_op(op::WRITE)?;
+    kit.answer(&write)?;
+    // The writer waits for the page that is being written, or does not know of it.
+    kit.answer(&whole)?;
+    let synced = kit.serve(&mapped)?;
+    ensure!(synced == Ok(0), "sync_file_range gave {synced:?}");
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(1), "the write gave {wrote:?}");
+    let f0 = node(&kit, "f0")?;
+    let there = kit.tree.node_mut(f0).data.clone();
+    ensure!(
+        there == b"CXntent of 0",
+        "the server has {:?}",
+        String::from_utf8_lossy(&there)
+    );
+    reads(&mut kit, fd, 0, b"CXntent of 0")
 }
 
 /// f1 is written past the cache, from a mapping of f0 that cannot be written to.
