@@ -116,7 +116,11 @@ fn run(case: &Case, dir: &Path) -> Output {
     }
     // SAFETY: system calls only, and a test that dies in between fails.
     unsafe { command.pre_exec(move || prepare(machine)) };
-    command.output().unwrap()
+    // Between fork(2) and exec(2) a child of any other test has the copy open for writing, as this process had.
+    crate::keeper::wait_for("nobody to have the copy open", || match command.output() {
+        Err(e) if e.kind() == io::ErrorKind::ExecutableFileBusy => None,
+        other => Some(other.unwrap()),
+    })
 }
 
 #[test]
