@@ -30,7 +30,7 @@ const RESENT: u64 = ID | FUSE_UNIQUE_RESEND | (3 << 48);
 pub const ME: Caller = Caller { uid: 0, gid: 0 };
 
 /// A server without a kernel; dropped and made again it is the next instance.
-fn instance(dir: &Path, memfd: &OwnedFd) -> Server {
+pub fn instance(dir: &Path, memfd: &OwnedFd) -> Server {
     instance_with(dir, memfd, true)
 }
 
@@ -60,7 +60,7 @@ pub fn s(name: &str) -> &OsStr {
     OsStr::new(name)
 }
 
-fn lay_out(dir: &Path) {
+pub fn lay_out(dir: &Path) {
     // SAFETY: cannot fail and touches no memory. A change made earlier left the thread its own.
     unsafe { libc::umask(0o22) };
     fs::write(dir.join("one"), b"content of one").unwrap();
@@ -577,46 +577,4 @@ fn who_forgot_a_file_does_not_bury_it_when_it_was_looked_up_again() {
     server.files.remove(fh);
     let file = server.file(one, fh).expect("it can be opened again");
     assert_eq!(super::sys::fstat(file.as_fd()).unwrap().st_size, 14);
-}
-
-/// btrfs, say, has another number each time that it is mounted.
-#[test]
-fn a_backing_that_was_mounted_again_under_another_number_has_the_same_nodes() {
-    let tmp = tempfile::tempdir().unwrap();
-    lay_out(tmp.path());
-    let memfd = State::create_memfd().unwrap();
-    let first = instance(tmp.path(), &memfd);
-    let one = first.lookup(ROOT, s("one")).unwrap().nodeid;
-    drop(first);
-
-    // As if the table had been made under another number.
-    let backing = Backing::open(tmp.path()).unwrap();
-    let (identity, number) = (Identity(backing.identity), backing.dev + 1);
-    let fd = duplicate(memfd.as_fd()).unwrap();
-    let state = State::open(fd, identity, &Config::default()).unwrap();
-    for nodeid in [ROOT, one] {
-        let mut new = state.nodes().get(nodeid).unwrap().info;
-        new.domain = number;
-        if nodeid == ROOT {
-            state.nodes().set_root(&new);
-        } else {
-            state.nodes().remove(nodeid);
-            assert_ne!(state.nodes().lookup(&new).unwrap().nodeid, 0);
-        }
-    }
-    let moved = state
-        .nodes()
-        .find(number, &state.nodes().get(ROOT).unwrap().info.handle);
-    assert_eq!(moved.map(|root| root.nodeid), Some(ROOT));
-    let before = state.nodes().len();
-    drop(state);
-
-    let next = instance(tmp.path(), &memfd);
-    assert_eq!(next.state.nodes().get(ROOT).unwrap().info.domain, number);
-    next.lookup(ROOT, s("one")).unwrap();
-    assert_eq!(
-        next.state.nodes().len(),
-        before,
-        "one file got a second nodeid"
-    );
 }

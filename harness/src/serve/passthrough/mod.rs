@@ -22,6 +22,8 @@ mod graveyard;
 mod handle;
 mod intent;
 mod make;
+#[cfg(test)]
+mod moved_tests;
 mod nodes;
 mod open;
 mod owner;
