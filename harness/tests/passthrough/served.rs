@@ -285,8 +285,10 @@ impl Served {
 
     /// Kills the server and waits until its successor was started.
     pub fn crash(&self) {
+        // Counted once it is known that the keeper has written down that this one was started.
+        let pid = self.server_pid();
         let starts = self.starts();
-        kill(self.server_pid(), Signal::SIGKILL).unwrap();
+        kill(pid, Signal::SIGKILL).unwrap();
         wait_for("the next instance", || {
             (self.starts() > starts).then_some(())
         });
