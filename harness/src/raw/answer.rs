@@ -149,8 +149,12 @@ impl Tree {
             op::WRITE => {
                 let (arg, bytes) = m.split::<WriteIn>()?;
                 let bytes = bytes.to_vec();
-                let start = arg.offset as usize;
                 let data = &mut self.node_mut(parent).data;
+                // Somebody else may have appended, too.
+                let start = match arg.flags as i32 & libc::O_APPEND {
+                    0 => arg.offset as usize,
+                    _ => data.len(),
+                };
                 if data.len() < start + bytes.len() {
                     data.resize(start + bytes.len(), 0);
                 }

@@ -41,6 +41,11 @@ pub fn scenarios() -> Vec<Scenario> {
             append,
         ),
         Scenario::series(
+            "stale-data/append-mode-under-way",
+            "nor is it appended twice, if the server says where it goes",
+            append_mode,
+        ),
+        Scenario::series(
             "stale-data/direct-read-under-way",
             "what a direct read brings into a mapping of such a file is not lost",
             direct_read,
@@ -104,9 +109,14 @@ fn read_first(kit: &mut Kit<'_>, fd: RawFd, write: &Message, app: &App<Done<usiz
         found == Ok(b"content of 0".to_vec()),
         "before the WRITE f0 reads {found:?}"
     );
+    kit.served.clear();
     kit.answer(write)?;
     let wrote = kit.serve(app)?;
     ensure!(wrote.is_ok(), "the write gave {wrote:?}");
+    ensure!(
+        !kit.served.iter().any(|m| m.is(op::WRITE)),
+        "what was answered was sent once more, though nobody has a mapping"
+    );
     Ok(())
 }
 
@@ -159,6 +169,33 @@ fn append(env: &Env<'_>) -> Result<()> {
     let write = crash_in_write(&mut kit)?;
     read_first(&mut kit, fd, &write, &app)?;
     reads(&mut kit, fd, 0, b"content of 0, and more")
+}
+
+/// The server appends where the file ends by then, and that is not where the kernel thinks.
+fn append_mode(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let log = open(&mut kit, "f0", OFlag::O_RDWR | OFlag::O_APPEND)?;
+    let app = kit.app("a write", move || ops::pwrite(log, b", mine", 0))?;
+    let old = kit.until_op(op::WRITE)?;
+    let f0 = node(&kit, "f0")?;
+    let file = kit.tree.node_mut(f0);
+    file.data.extend_from_slice(b", another's");
+    file.mtime += 10;
+    kit.recover()?;
+    let write = kit.next_request()?;
+    expect_resent(&kit, &old, &write)?;
+    let mapped = change_mapped(&mut kit, fd)?;
+    let whole = kit.until_op(op::WRITE)?;
+    kit.answer(&whole)?;
+    let synced = kit.serve(&mapped)?;
+    ensure!(synced == Ok(0), "sync_file_range gave {synced:?}");
+    kit.answer(&write)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(6), "the write gave {wrote:?}");
+    let there = String::from_utf8_lossy(&kit.tree.node_mut(f0).data).into_owned();
+    let wanted = "cXntent of 0, another's, mine";
+    ensure!(there == wanted, "the server has {there:?}");
+    reads(&mut kit, fd, 0, wanted.as_bytes())
 }
 
 /// A mapping of a whole file of at most three pages, and the first byte of each of the first `touched` pages.
@@ -300,15 +337,11 @@ fn direct_read_meanwhile(env: &Env<'_>) -> Result<()> {
     still_serves(&mut kit)
 }
 
-/// The WRITE that was sent again is executed at once and answered late. Meanwhile its page was dropped, read again as it was
-/// before, changed by somebody else, and is being written as a whole.
-fn mapped_under_way(env: &Env<'_>) -> Result<()> {
-    let (mut kit, fd) = cached(env, 0)?;
-    let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
-    let write = crash_in_write(&mut kit)?;
-    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+/// The second byte of f0 is changed in a mapping, and its page is written.
+fn change_mapped(kit: &mut Kit<'_>, fd: RawFd) -> Result<App<nix::Result<i32>>> {
+    let (at, first) = map(kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
     ensure!(first == b"c", "before the WRITE f0 begins with {first:?}");
-    let mapped = kit.app("a store, and sync_file_range", move || {
+    kit.app("a store, and sync_file_range", move || {
         // SAFETY: mapped, and the file is not empty.
         unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
         // msync() would wait for the lock that the writer has.
@@ -316,7 +349,16 @@ fn mapped_under_way(env: &Env<'_>) -> Result<()> {
         // SAFETY: plain numbers.
         let synced = unsafe { libc::sync_file_range(fd, 0, 4096, how) };
         nix::errno::Errno::result(synced)
-    })?;
+    })
+}
+
+/// The WRITE that was sent again is executed at once and answered late. Meanwhile its page was dropped, read again as it was
+/// before, changed by somebody else, and is being written as a whole.
+fn mapped_under_way(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
+    let write = crash_in_write(&mut kit)?;
+    let mapped = change_mapped(&mut kit, fd)?;
     let whole = kit.until_op(op::WRITE)?;
     kit.answer(&write)?;
     // The writer waits for the page that is being written, or does not know of it.
