@@ -2,7 +2,7 @@
 //! What the families about revoked inodes share: losing files, and applications in a process of their own that do
 //! something before a recovery and something after it.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -122,6 +122,11 @@ impl Staged {
         let what = format!("the end of {}", child.what);
         kit.serve_until(&what, |_| child.ended())?;
         child.wait(kit.patience)
+    }
+
+    /// What keeps it waiting, as long as any process has it open.
+    pub fn rein(&self) -> RawFd {
+        self.go.as_raw_fd()
     }
 
     /// Lets it go on; the scenario has something else to do before it serves.

@@ -43,6 +43,7 @@ pub mod runner;
 mod stale;
 mod stale_data;
 mod stale_drop;
+mod stale_write;
 mod stock_order;
 mod successor;
 mod survive;
@@ -143,7 +144,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 47] = [
+    let families: [fn() -> Vec<Scenario>; 48] = [
         bad_identity::scenarios,
         bad_input::scenarios,
         replay::scenarios,
@@ -177,6 +178,7 @@ fn table() -> Vec<Scenario> {
         stale::scenarios,
         stale_data::scenarios,
         stale_drop::scenarios,
+        stale_write::scenarios,
         survive::scenarios,
         transit::scenarios,
         successor::scenarios,

@@ -41,11 +41,6 @@ pub fn scenarios() -> Vec<Scenario> {
             append,
         ),
         Scenario::series(
-            "stale-data/append-mode-under-way",
-            "nor is it appended twice, if the server says where it goes",
-            append_mode,
-        ),
-        Scenario::series(
             "stale-data/direct-read-under-way",
             "what a direct read brings into a mapping of such a file is not lost",
             direct_read,
@@ -89,7 +84,7 @@ pub fn scenarios() -> Vec<Scenario> {
 }
 
 /// The server that read a WRITE of f0 dies, and f0 looks changed to the next one. That WRITE, sent again.
-fn crash_in_write(kit: &mut Kit<'_>) -> Result<Message> {
+pub(super) fn crash_in_write(kit: &mut Kit<'_>) -> Result<Message> {
     let old = kit.until_op(op::WRITE)?;
     let f0 = node(kit, "f0")?;
     kit.tree.node_mut(f0).mtime += 10;
@@ -120,7 +115,7 @@ fn read_first(kit: &mut Kit<'_>, fd: RawFd, write: &Message, app: &App<Done<usiz
     Ok(())
 }
 
-fn reads(kit: &mut Kit<'_>, fd: RawFd, at: i64, wanted: &[u8]) -> Result<()> {
+pub(super) fn reads(kit: &mut Kit<'_>, fd: RawFd, at: i64, wanted: &[u8]) -> Result<()> {
     let found = kit.run("a read after", move || ops::pread(fd, 100, at))?;
     ensure!(
         found.as_deref() == Ok(wanted),
@@ -171,35 +166,13 @@ fn append(env: &Env<'_>) -> Result<()> {
     reads(&mut kit, fd, 0, b"content of 0, and more")
 }
 
-/// The server appends where the file ends by then, and that is not where the kernel thinks.
-fn append_mode(env: &Env<'_>) -> Result<()> {
-    let (mut kit, fd) = cached(env, 0)?;
-    let log = open(&mut kit, "f0", OFlag::O_RDWR | OFlag::O_APPEND)?;
-    let app = kit.app("a write", move || ops::pwrite(log, b", mine", 0))?;
-    let old = kit.until_op(op::WRITE)?;
-    let f0 = node(&kit, "f0")?;
-    let file = kit.tree.node_mut(f0);
-    file.data.extend_from_slice(b", another's");
-    file.mtime += 10;
-    kit.recover()?;
-    let write = kit.next_request()?;
-    expect_resent(&kit, &old, &write)?;
-    let mapped = change_mapped(&mut kit, fd)?;
-    let whole = kit.until_op(op::WRITE)?;
-    kit.answer(&whole)?;
-    let synced = kit.serve(&mapped)?;
-    ensure!(synced == Ok(0), "sync_file_range gave {synced:?}");
-    kit.answer(&write)?;
-    let wrote = kit.serve(&app)?;
-    ensure!(wrote == Ok(6), "the write gave {wrote:?}");
-    let there = String::from_utf8_lossy(&kit.tree.node_mut(f0).data).into_owned();
-    let wanted = "cXntent of 0, another's, mine";
-    ensure!(there == wanted, "the server has {there:?}");
-    reads(&mut kit, fd, 0, wanted.as_bytes())
-}
-
 /// A mapping of a whole file of at most three pages, and the first byte of each of the first `touched` pages.
-fn map(kit: &mut Kit<'_>, fd: RawFd, prot: i32, touched: usize) -> Result<(usize, Vec<u8>)> {
+pub(super) fn map(
+    kit: &mut Kit<'_>,
+    fd: RawFd,
+    prot: i32,
+    touched: usize,
+) -> Result<(usize, Vec<u8>)> {
     kit.run("mmap", move || {
         // SAFETY: a fresh mapping where the kernel likes.
         let at = unsafe {
@@ -338,9 +311,17 @@ fn direct_read_meanwhile(env: &Env<'_>) -> Result<()> {
 }
 
 /// The second byte of f0 is changed in a mapping, and its page is written.
-fn change_mapped(kit: &mut Kit<'_>, fd: RawFd) -> Result<App<nix::Result<i32>>> {
+pub(super) fn change_mapped(kit: &mut Kit<'_>, fd: RawFd) -> Result<App<nix::Result<i32>>> {
     let (at, first) = map(kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
     ensure!(first == b"c", "before the WRITE f0 begins with {first:?}");
+    store_and_sync(kit, fd, at)
+}
+
+pub(super) fn store_and_sync(
+    kit: &mut Kit<'_>,
+    fd: RawFd,
+    at: usize,
+) -> Result<App<nix::Result<i32>>> {
     kit.app("a store, and sync_file_range", move || {
         // SAFETY: mapped, and the file is not empty.
         unsafe { (at as *mut u8).add(1).write_volatile(b'X') };

@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Writes, mappings and faults while the data of a file is stale (of the family `stale-data`).
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{ensure, Result};
+use nix::fcntl::OFlag;
+use nix::poll::PollFlags;
+
+use super::help::{expect_resent, open, still_serves};
+use super::kill::dies;
+use super::lost::{node, Staged};
+use super::patience::Knob;
+use super::stale::changed_meanwhile;
+use super::stale_data::{cached, FAULT_AROUND};
+use super::stale_drop::{change_mapped, crash_in_write, map, reads, store_and_sync};
+use super::Scenario;
+use crate::raw::app::{App, Proc};
+use crate::raw::dev::poll_one;
+use crate::raw::env::Env;
+use crate::raw::kit::Kit;
+use crate::raw::ops;
+use crate::raw::rare;
+use crate::raw::trap::Trap;
+use crate::raw::wait::wait_for;
+use crate::raw::wire::{fopen, op};
+
+pub fn scenarios() -> Vec<Scenario> {
+    vec![
+        Scenario::series(
+            "stale-data/append-mode-under-way",
+            "what the server appends is not appended twice",
+            append_mode,
+        ),
+        Scenario::series(
+            "stale-data/append-mode-dirty",
+            "nor overwritten by a page that came back too early, and is written later",
+            append_mode_dirty,
+        ),
+        Scenario::series(
+            "stale-data/append-dirty",
+            "nor made zeroes in the cache, before the kernel knows where the file ends by then",
+            append_dirty,
+        ),
+        Scenario::series(
+            "stale-data/append-held",
+            "what is appended while requests are held is not zeroes if its page is written meanwhile",
+            append_held,
+        ),
+        Scenario::series(
+            "stale-data/evicted-under-way",
+            "a write that was sent once more is not undone by a page that comes back once more",
+            evicted,
+        ),
+        Scenario::series(
+            "stale-data/fault-waits",
+            "who waits in a fault for what is stale has no lock that others need",
+            fault_waits,
+        ),
+        Scenario::series(
+            "stale-data/killed-write-mapped",
+            "nor does a mapping go on to show what no server has got",
+            killed_write_mapped,
+        ),
+    ]
+}
+
+type Synced = App<nix::Result<i32>>;
+
+fn synced(kit: &mut Kit<'_>, mapped: &Synced) -> Result<()> {
+    let synced = kit.serve(mapped)?;
+    ensure!(synced == Ok(0), "sync_file_range gave {synced:?}");
+    Ok(())
+}
+
+fn server_has(kit: &mut Kit<'_>, wanted: &str) -> Result<()> {
+    let f0 = node(kit, "f0")?;
+    let there = String::from_utf8_lossy(&kit.tree.node_mut(f0).data).into_owned();
+    ensure!(there == wanted, "the server has {there:?}");
+    Ok(())
+}
+
+/// The server appends where the file ends by then, and that is not where the kernel thinks.
+fn append_mode(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let log = open(&mut kit, "f0", OFlag::O_RDWR | OFlag::O_APPEND)?;
+    let app = kit.app("a write", move || ops::pwrite(log, b", mine", 0))?;
+    let old = kit.until_op(op::WRITE)?;
+    let f0 = node(&kit, "f0")?;
+    let file = kit.tree.node_mut(f0);
+    file.data.extend_from_slice(b", another's");
+    file.mtime += 10;
+    kit.recover()?;
+    let write = kit.next_request()?;
+    expect_resent(&kit, &old, &write)?;
+    let mapped = change_mapped(&mut kit, fd)?;
+    let whole = kit.until_op(op::WRITE)?;
+    kit.answer(&whole)?;
+    synced(&mut kit, &mapped)?;
+    kit.answer(&write)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(6), "the write gave {wrote:?}");
+    let wanted = "cXntent of 0, another's, mine";
+    server_has(&mut kit, wanted)?;
+    reads(&mut kit, fd, 0, wanted.as_bytes())
+}
+
+/// A page that was read before the WRITE was executed is changed in a mapping, and written after it was.
+fn append_mode_dirty(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let log = open(&mut kit, "f0", OFlag::O_RDWR | OFlag::O_APPEND)?;
+    let app = kit.app("a write", move || ops::pwrite(log, b", mine", 0))?;
+    let write = crash_in_write(&mut kit)?;
+    let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    kit.run("a store", move || {
+        // SAFETY: mapped, and the file is not empty.
+        unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
+    })?;
+    kit.answer(&write)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(6), "the write gave {wrote:?}");
+    kit.run("fsync", move || ops::fsync(fd))??;
+    let wanted = "cXntent of 0, mine";
+    server_has(&mut kit, wanted)?;
+    reads(&mut kit, fd, 0, wanted.as_bytes())
+}
+
+/// A page that was read before the WRITE was executed is changed in a mapping, and written as soon as the WRITE is answered.
+fn append_dirty(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, b", and more", 12))?;
+    let write = crash_in_write(&mut kit)?;
+    let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    let restored = Trap::arm("write_restored")?;
+    kit.run("a store", move || {
+        // SAFETY: mapped, and the file is not empty.
+        unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
+    })?;
+    kit.answer(&write)?;
+    restored.wait(kit.patience)?;
+    // A page is mapped, so the WRITE is sent once more.
+    let restored = restored.then("write_restored")?;
+    let again = kit.until_op(op::WRITE)?;
+    kit.answer(&again)?;
+    restored.wait(kit.patience)?;
+    let mapped = store_and_sync(&mut kit, fd, at)?;
+    synced(&mut kit, &mapped)?;
+    restored.go();
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(10), "the write gave {wrote:?}");
+    server_has(&mut kit, "cXntent of 0, and more")?;
+    reads(&mut kit, fd, 0, b"cXntent of 0, and more")
+}
+
+/// The page where the file ends is dirty, and is written while the WRITE that goes past its end waits for a server.
+fn append_held(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, b", and more", 12))?;
+    kit.until_op(op::WRITE)?;
+    kit.restarted()?;
+    let mapped = store_and_sync(&mut kit, fd, at)?;
+    mapped.wait_asleep(kit.patience)?;
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    kit.commit(&recovered)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(10), "the write gave {wrote:?}");
+    synced(&mut kit, &mapped)?;
+    server_has(&mut kit, "cXntent of 0, and more")?;
+    reads(&mut kit, fd, 0, b"cXntent of 0, and more")
+}
+
+/// The WRITE was executed, undone by the write-back of a page that came back too early, and sent once more. Before the
+/// server executes it that page leaves the cache, and comes back as it is there.
+fn evicted(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
+    let write = crash_in_write(&mut kit)?;
+    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    ensure!(first == b"c", "before the WRITE f0 begins with {first:?}");
+    let mapped = store_and_sync(&mut kit, fd, at)?;
+    let whole = kit.until_op(op::WRITE)?;
+    // Executed, and answered when the page has been written over it.
+    let answer = kit.tree.apply(&write)?;
+    kit.answer(&whole)?;
+    synced(&mut kit, &mapped)?;
+    kit.send(&write, &answer)?;
+    let again = kit.until_op(op::WRITE)?;
+    kit.run("munmap, and fadvise", move || {
+        // SAFETY: nobody uses that mapping any more.
+        unsafe { libc::munmap(at as *mut libc::c_void, 3 * 4096) };
+        // SAFETY: plain numbers.
+        unsafe { libc::posix_fadvise(fd, 0, 0, libc::POSIX_FADV_DONTNEED) }
+    })?;
+    let early = kit.run("a read before", move || ops::pread(fd, 100, 0))?;
+    ensure!(
+        early == Ok(b"cXntent of 0".to_vec()),
+        "the page did not leave the cache, f0 reads {early:?}"
+    );
+    kit.answer(&again)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(1), "the write gave {wrote:?}");
+    server_has(&mut kit, "CXntent of 0")?;
+    reads(&mut kit, fd, 0, b"CXntent of 0")
+}
+
+/// Whether thread `tid` of this process sleeps.
+fn sleeps(tid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    state.starts_with(['D', 'S'])
+}
+
+/// A thread touches a page that is dirty and stale, and waits for its WRITE; another one changes the mapping.
+fn fault_waits(env: &Env<'_>) -> Result<()> {
+    let (mut kit, _) = cached(env, 0)?;
+    let f0 = node(&kit, "f0")?;
+    let path = kit.path("f0");
+    kit.tree.open_flags |= fopen::NOFLUSH;
+    let (done, tell) = nix::unistd::pipe()?;
+    let staged = Staged::start(
+        &mut kit,
+        "a process with a mapping",
+        || map_dirty(&path),
+        |at| {
+            let (tid, told) = std::sync::mpsc::channel();
+            let toucher = thread::spawn(move || {
+                let _ = tid.send(nix::unistd::gettid().as_raw());
+                // SAFETY: mapped.
+                unsafe { (at as *const u8).read_volatile() }
+            });
+            let Ok(tid) = told.recv() else { return 20 };
+            while !sleeps(tid) {
+                thread::yield_now();
+            }
+            let behind = (at + 4096) as *mut libc::c_void;
+            // SAFETY: the second page of that mapping, which nobody uses.
+            if unsafe { libc::mprotect(behind, 4096, libc::PROT_READ) } != 0 {
+                return 21;
+            }
+            let _ = nix::unistd::write(&tell, b"!");
+            toucher.join().map_or(22, i32::from)
+        },
+    )?;
+    drop(tell);
+    kit.settle()?;
+    changed_meanwhile(&mut kit, |kit| kit.tree.node_mut(f0).mtime += 10)?;
+    // The page is being written because it is to be dropped.
+    let write = kit.until_op(op::WRITE)?;
+    let child = staged.let_go();
+    let changed = wait_for("another thread to change the mapping", kit.patience, || {
+        Ok(!poll_one(done.as_fd(), PollFlags::POLLIN, Duration::ZERO)?.is_empty())
+    });
+    kit.answer(&write)?;
+    kit.serve_until("the end of the process", |_| child.ended())?;
+    changed?;
+    let mut child = child;
+    let code = child.wait_code(kit.patience)?;
+    ensure!(code == i32::from(b'X'), "the process ended with {code}");
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+fn map_dirty(path: &Path) -> std::result::Result<usize, i32> {
+    let fd = ops::open(path, OFlag::O_RDWR).map_err(|_| 10)?;
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a fresh mapping where the kernel likes.
+    let at = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            2 * 4096,
+            prot,
+            libc::MAP_SHARED,
+            fd,
+            0,
+        )
+    };
+    if at == libc::MAP_FAILED {
+        return Err(11);
+    }
+    // SAFETY: mapped, and the file is not empty.
+    unsafe { at.cast::<u8>().write_volatile(b'X') };
+    Ok(at as usize)
+}
+
+/// A fault has found the page with what a task has written that is killed meanwhile, and maps it.
+fn killed_write_mapped(env: &Env<'_>) -> Result<()> {
+    let (mut kit, _) = cached(env, 0)?;
+    kit.tree.open_flags |= fopen::NOFLUSH;
+    let quiet = open(&mut kit, "f0", OFlag::O_RDWR)?;
+    let path = kit.path("f0");
+    let staged = Staged::start(
+        &mut kit,
+        "a process with a mapping",
+        || {
+            let fd = ops::open(&path, OFlag::O_RDWR).map_err(|_| 10)?;
+            rare::map_untouched(fd).map_err(|_| 11)
+        },
+        |at| {
+            // SAFETY: mapped, and the file is not empty.
+            let look = || unsafe { (at as *const u8).read_volatile() };
+            look();
+            // Mapped by then. What is not, is asked for again.
+            while look() == b'X' {
+                thread::yield_now();
+            }
+            i32::from(look())
+        },
+    )?;
+    kit.settle()?;
+    let close = [kit.dev.raw(), staged.rein()];
+    let mut writer = Proc::spawn("a write", &close, || {
+        i32::from(ops::pwrite(quiet, b"X", 0).is_err())
+    })?;
+    kit.until_op(op::WRITE)?;
+    writer.wait_asleep(kit.patience)?;
+    kit.restarted()?;
+    // Or what is cached is mapped under RCU, where nobody can be stopped.
+    let _knob = Knob::set(FAULT_AROUND, "4096")?;
+    let found = Trap::arm("fault_found")?;
+    let mut child = staged.let_go();
+    found.wait(kit.patience)?;
+    dies(&mut kit, &mut writer, "in a write")?;
+    found.go();
+    let recovered = kit.answer_replays(&mut |_, _| None)?;
+    kit.commit(&recovered)?;
+    kit.serve_until("the mapping to show what the server has", |_| child.ended())?;
+    let code = child.wait_code(kit.patience)?;
+    ensure!(
+        code == i32::from(b'c'),
+        "in its mapping the process saw {code}"
+    );
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
