@@ -323,7 +323,7 @@ fn killed_write_mapped(env: &Env<'_>) -> Result<()> {
     let found = Trap::arm("fault_found")?;
     let mut child = staged.let_go();
     found.wait(kit.patience)?;
-    dies(&mut kit, &mut writer, "in a write")?;
+    dies(&kit, &mut writer, "in a write")?;
     found.go();
     let recovered = kit.answer_replays(&mut |_, _| None)?;
     kit.commit(&recovered)?;
