@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use crate::keeper::{alive, is_mounted, wait_for, Keeper, BINARY};
 use nix::sys::signal::{kill, Signal};
@@ -58,6 +59,22 @@ impl Nested {
 
     fn inner(&self, n: usize) -> i32 {
         self.outer.event("started", n)["pid"].as_i64().unwrap() as i32
+    }
+}
+
+impl Drop for Nested {
+    /// A server that is not one of ours, and does not end with the mount, would outlive a test that failed.
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let _ = self.outer.child.kill();
+        for events in [self.outer.events(), self.within()] {
+            let last = events.iter().rfind(|e| e["event"] == "started");
+            if let Some(pid) = last.and_then(|e| e["pid"].as_i64()) {
+                let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
+            }
+        }
     }
 }
 
@@ -141,4 +158,29 @@ fn a_keeper_refuses_a_mount_that_is_not_the_one_it_was_handed() {
     assert!(said.contains("but nothing is mounted on"), "{said}");
     assert_eq!(nested.within(), Vec::<Value>::new());
     assert!(!is_mounted(&nested.outer.mountpoint()));
+}
+
+#[test]
+fn a_server_at_work_under_an_idle_keeper_does_not_hang() {
+    crate::skip_if_impossible!();
+    if !Path::new("/proc/self/io").exists() {
+        eprintln!("SKIPPED: this kernel counts no calls (CONFIG_TASK_IO_ACCOUNTING)");
+        return;
+    }
+    // INIT waits for its answer all the time; the inner keeper itself makes no call.
+    let works = "while sleep 0.05; do echo >/dev/null; done";
+    let options = ["--hang-timeout", "2", "--stable-after", "0"];
+    let mut nested = Nested::start(&options, "mnt", &["sh", "-c", works]);
+    let (inner, server) = (nested.inner(1), nested.pid_within(1));
+    std::thread::sleep(Duration::from_secs(5));
+    let said = nested.outer.stderr();
+    assert_eq!(nested.outer.count("hung"), 0, "{said}");
+    // Now nobody does anything, and that is one.
+    signal(server, Signal::SIGSTOP);
+    let hung = nested.outer.event("hung", 1);
+    assert_eq!(hung["pid"], inner, "{hung}");
+    assert_ne!(nested.inner(2), inner);
+    assert!(!alive(server) && !alive(inner));
+    nested.outer.signal(Signal::SIGTERM);
+    assert_eq!(nested.outer.wait(), 0, "{}", nested.outer.stderr());
 }
