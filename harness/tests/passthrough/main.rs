@@ -7,11 +7,13 @@
 //! `crash-points`); `poison`: requests that kill it each time, or are never answered. [`refusals`]: what it says when it
 //! cannot serve. [`discarded`]: it goes on without a state. [`mem`]: `fuse-restart serve mem`, the same way. [`older`]: a
 //! kernel without the series. [`upgrade`]: what is known before a server is replaced. [`examples`]: those of the crate.
+//! [`full`]: no room for another file.
 
 mod calls;
 mod crash;
 mod discarded;
 mod examples;
+mod full;
 mod identity;
 mod mem;
 mod older;

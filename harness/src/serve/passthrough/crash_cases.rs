@@ -31,7 +31,7 @@ pub fn finish<T>((_, slot): (T, Option<Slot<'_>>)) {
     }
 }
 
-fn rename(server: &Server, unique: u64, from: &str, to: &str, flags: u32) -> Res<()> {
+pub fn rename(server: &Server, unique: u64, from: &str, to: &str, flags: u32) -> Res<()> {
     server
         .rename(unique, ME, (ROOT, s(from)), (ROOT, s(to)), flags)
         .map(finish)

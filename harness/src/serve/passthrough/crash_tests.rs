@@ -26,7 +26,7 @@ use super::server::{Options, Server};
 use super::wire::{duplicate, Device};
 
 pub const ID: u64 = 42;
-const RESENT: u64 = ID | FUSE_UNIQUE_RESEND | (3 << 48);
+pub const RESENT: u64 = ID | FUSE_UNIQUE_RESEND | (3 << 48);
 pub const ME: Caller = Caller { uid: 0, gid: 0 };
 
 /// A server without a kernel; dropped and made again it is the next instance.
@@ -74,7 +74,7 @@ pub fn lay_out(dir: &Path) {
 }
 
 /// Names, types, modes, link counts, contents; graves by number, for their names are nodeids.
-fn tree(dir: &Path) -> Vec<String> {
+pub fn tree(dir: &Path) -> Vec<String> {
     use std::os::unix::fs::MetadataExt;
     let mut lines = Vec::new();
     for entry in fs::read_dir(dir).unwrap() {
@@ -155,7 +155,7 @@ fn run(case: &Case, at: usize, restarts: u32, resend: bool) -> Vec<String> {
     tree(dir.path())
 }
 
-fn possible() -> bool {
+pub fn possible() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
         eprintln!("SKIPPED: needs root (CAP_DAC_READ_SEARCH)");

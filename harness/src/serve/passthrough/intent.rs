@@ -60,7 +60,7 @@ pub enum Fate {
     Done,
     /// An overwritten directory sits at the old name and is to be buried: then it is done.
     Bury,
-    /// Only the whiteout is missing.
+    /// Only the whiteout is missing; earlier versions made it in a step of its own.
     Whiteout,
 }
 

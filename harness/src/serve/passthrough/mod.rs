@@ -28,6 +28,8 @@ mod nodes;
 mod open;
 mod owner;
 mod recover;
+#[cfg(test)]
+mod refused_tests;
 mod remove;
 mod self_test;
 mod server;

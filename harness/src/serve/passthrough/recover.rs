@@ -15,7 +15,6 @@ use crate::crash_points::reach;
 use super::handle::Handle;
 use super::intent::{fate_of_name, fate_of_rename, fate_of_xattr, Fate, Intent, Place};
 use super::nodes::ROOT;
-use super::remove::rmdir_for;
 use super::server::Server;
 use super::sys::{self, Res};
 
@@ -272,20 +271,19 @@ impl Server {
         sys::rename_at(old.as_fd(), &from.name, new.as_fd(), &to.name, flags)
     }
 
-    /// An overwritten directory waits at the old name: bury it, if it is empty as it was.
+    /// An overwritten directory waits at the old name: bury it, if it is empty as it was and can be buried.
     fn finish_over_dir(&self, from: &Place, to: &Place, nodeid: u64, whiteout: u32) -> Res<Fate> {
         let parent = self.node_fd(from.parent)?;
         let flags = libc::O_RDONLY | libc::O_DIRECTORY;
         let victim = sys::open_at(parent.as_fd(), &from.name, flags, 0)?;
-        if !super::graveyard::is_empty(victim.as_fd())? {
-            self.exchange(from, to)?;
-            return Ok(Fate::Undone);
+        if nodeid != 0 && super::graveyard::is_empty(victim.as_fd())? {
+            let buried = self.yard.bury(nodeid, parent.as_fd(), &from.name, whiteout);
+            if buried.is_ok() {
+                return Ok(Fate::Done);
+            }
         }
-        let bury = || self.yard.bury(nodeid, parent.as_fd(), &from.name, whiteout);
-        if nodeid == 0 || bury().is_err() {
-            rmdir_for(parent.as_fd(), &from.name, whiteout)?;
-        }
-        Ok(Fate::Done)
+        self.exchange(from, to)?;
+        Ok(Fate::Undone)
     }
 
     fn finish_whiteout(&self, from: &Place) -> Res<Fate> {

@@ -84,18 +84,12 @@ impl Server {
 
     fn take_name(&self, victim: &Victim, parent: BorrowedFd<'_>, name: &CStr) -> Res<()> {
         if self.to_be_kept(victim) {
-            if victim.dir {
-                return self.bury_dir(victim, parent, name, 0);
-            }
-            match self.yard.bury(victim.nodeid, parent, name, 0) {
-                Ok(()) => return Ok(()),
-                Err(Errno::ENOENT) => return Err(Errno::ENOENT),
-                // A quota project of its own, a full disk: better removed than refused.
-                Err(e) => tracing::warn!(
-                    "node {} is removed at once and will not survive a restart if it is open: {}",
-                    victim.nodeid,
-                    e.desc()
-                ),
+            let buried = match victim.dir {
+                true => self.bury_dir(victim, parent, name, 0)?,
+                false => self.buried(victim, parent, name, 0)?,
+            };
+            if buried {
+                return Ok(());
             }
         }
         if victim.dir {
@@ -105,31 +99,46 @@ impl Server {
         }
     }
 
-    /// Buries a directory that is empty; the kernel lets nobody add to it meanwhile. `whiteout`: 0, or the flag.
+    /// Buries what `name` is; false: it cannot be. `whiteout`: 0, or the flag.
+    fn buried(
+        &self,
+        victim: &Victim,
+        parent: BorrowedFd<'_>,
+        name: &CStr,
+        whiteout: u32,
+    ) -> Res<bool> {
+        match self.yard.bury(victim.nodeid, parent, name, whiteout) {
+            Ok(()) => Ok(true),
+            // A quota project of its own, a full disk: better removed than refused.
+            Err(e) => {
+                tracing::warn!(
+                    "node {} is removed at once and will not survive a restart if it is in use: {}",
+                    victim.nodeid,
+                    e.desc()
+                );
+                Ok(false)
+            }
+        }
+    }
+
+    /// The same for a directory, which must be empty; the kernel lets nobody add to it meanwhile.
     fn bury_dir(
         &self,
         victim: &Victim,
         parent: BorrowedFd<'_>,
         name: &CStr,
         whiteout: u32,
-    ) -> Res<()> {
+    ) -> Res<bool> {
         if !victim.is_empty()? {
             return Err(Errno::ENOTEMPTY);
         }
-        if let Err(e) = self.yard.bury(victim.nodeid, parent, name, whiteout) {
-            tracing::warn!(
-                "directory {} is removed at once and will not survive a restart if it is in use: {}",
-                victim.nodeid,
-                e.desc()
-            );
-            return rmdir_for(parent, name, whiteout);
-        }
-        if !victim.is_empty()? {
+        let buried = self.buried(victim, parent, name, whiteout)?;
+        if buried && !victim.is_empty()? {
             // Somebody added to it in the backing, behind our back: nothing may get lost.
             self.yard.exhume(victim.nodeid, parent, name)?;
             return Err(Errno::ENOTEMPTY);
         }
-        Ok(())
+        Ok(buried)
     }
 
     pub fn rename(
@@ -234,33 +243,12 @@ impl Server {
             0 => bury(),
             _ => caller.create(0, bury),
         };
-        match buried {
-            Ok(()) => Ok(()),
-            Err(e) => {
-                match sys::rename_at(from, name, to, newname, libc::RENAME_EXCHANGE) {
-                    // The empty directory is gone, and its whiteout could not be made: nothing to exchange with.
-                    Err(Errno::ENOENT) => {
-                        tracing::warn!(
-                            "a rename failed ({}) when the empty directory {} in its way was already removed",
-                            e.desc(),
-                            target.nodeid
-                        );
-                        sys::rename_at(to, newname, from, name, libc::RENAME_NOREPLACE)?;
-                    }
-                    other => other?,
-                }
-                Err(e)
-            }
+        if buried == Ok(true) {
+            return Ok(());
         }
+        sys::rename_at(from, name, to, newname, libc::RENAME_EXCHANGE)?;
+        buried?;
+        // In one step: a rename that fails, for want of room for its whiteout, say, must not cost the victim.
+        plain()
     }
-}
-
-/// rmdir(2), with a whiteout in its place if `whiteout` is not 0. In between the name is missing: [`super::recover`]
-/// knows how to go on from there.
-pub fn rmdir_for(parent: BorrowedFd<'_>, name: &CStr, whiteout: u32) -> Res<()> {
-    sys::rmdir_at(parent, name)?;
-    if whiteout != 0 {
-        sys::mknod_at(parent, name, libc::S_IFCHR, 0)?;
-    }
-    Ok(())
 }
