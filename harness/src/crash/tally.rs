@@ -101,6 +101,20 @@ pub struct Tally {
     pub explained: Option<super::explained::Explained>,
 }
 
+/// Writes results as JSON. Whole or not at all: a run may be ended at any time.
+pub fn write(results: &impl Serialize, path: &Path) -> Result<()> {
+    let text = serde_json::to_string_pretty(results)? + "\n";
+    let fresh = path.with_extension("new");
+    let put = || {
+        std::fs::write(&fresh, &text)?;
+        std::fs::rename(&fresh, path)
+    };
+    // The guest's OUT file may be one that cannot be replaced.
+    put()
+        .or_else(|_| std::fs::write(path, &text))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
 impl Tally {
     /// Goes on with what an earlier run has left.
     pub fn resume(path: &Path, new: &Tally) -> Result<Tally> {
@@ -132,18 +146,8 @@ impl Tally {
         Ok(old)
     }
 
-    /// Whole or not at all: a run may be ended at any time.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_string_pretty(self)? + "\n";
-        let fresh = path.with_extension("new");
-        let put = || {
-            std::fs::write(&fresh, &text)?;
-            std::fs::rename(&fresh, path)
-        };
-        // The guest's OUT file may be one that cannot be replaced.
-        put()
-            .or_else(|_| std::fs::write(path, &text))
-            .with_context(|| format!("cannot write {}", path.display()))
+        write(self, path)
     }
 
     /// Counts a case at the point of its last death, and each of the deaths that came at its own.

@@ -5,7 +5,7 @@
 //! * [`op`] the calls, [`draw`] draws them from the seed, [`app`] does them, [`shared`] is their clock
 //! * [`model`] what one call after the other would do; [`judge`] whether a history can be explained by that;
 //!   [`window`] the shortest part of one that cannot
-//! * [`killer`] kills; [`case`] makes and judges one history, [`run`] many of them
+//! * [`killer`] kills; [`case`] makes and judges one history, [`run`] many of them, [`results`] adds them up
 //!
 //! `Documentation/race.md` says what is judged, and what is not and why.
 
@@ -25,6 +25,8 @@ mod killer;
 mod model;
 #[cfg(feature = "crash-points")]
 mod op;
+#[cfg(feature = "crash-points")]
+mod results;
 #[cfg(feature = "crash-points")]
 mod run;
 #[cfg(feature = "crash-points")]
@@ -46,6 +48,7 @@ use std::process::ExitCode;
 /// The program must be built with crash points, as for `fuse-restart crash`. Root is needed. Examples:
 ///
 ///     scripts/vm -- target/crash/debug/fuse-restart race --seed 7 --rounds 10
+///     ... race --seed 7 --rounds 10 --json all.json --resume all.json
 ///     ... race --seed 7 --kills tmpfs --rounds 200            the judge, without FUSE
 ///     ... race --seed 7 --case t4-wt/points/3 --rounds 20     one case again, twenty times
 ///     ... race --seed 7 --no-journal                          must be found
@@ -89,6 +92,9 @@ pub struct Args {
     /// Write the results to this file as JSON, also now and then
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Go on with the results of an earlier run of the same kernel, seed and mode
+    #[arg(long, value_name = "FILE")]
+    pub resume: Option<PathBuf>,
     /// Stop after so many failed histories [default: 5; never without journal or signature]
     #[arg(long, value_name = "N")]
     pub failures: Option<u64>,

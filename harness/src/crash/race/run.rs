@@ -1,67 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Many histories: which, until when, and what is told of them.
 
-use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use serde::Serialize;
 
 use super::case::{find_kills, Case, Kills, Outcome, Race, KILLS, MEET};
+use super::results::{Results, Run};
 use super::shared::MOST;
 use super::Args;
 use crate::crash::dim::{Dim, Mode, DIMS};
 use crate::crash::kept::Setup;
 use crate::crash::kmsg;
 use crate::crash::run::Scratch;
+use crate::crash::tally;
 use crate::raw::wait::Rng;
 use crate::scenario::runner::{self, interrupted};
 
 const TELL_EVERY: Duration = Duration::from_secs(15);
-
-#[derive(Serialize)]
-struct Failure {
-    case: String,
-    reason: String,
-}
-
-/// What is written as JSON.
-#[derive(Default, Serialize)]
-struct Results {
-    kernel: String,
-    seed: u64,
-    mode: String,
-    seconds: f64,
-    histories: u64,
-    operations: u64,
-    /// Deaths of servers.
-    crashes: u64,
-    /// Histories that are not linearizable.
-    not_linearizable: u64,
-    /// Somebody hangs, something is left over, counts are wrong, the kernel complains.
-    broken: u64,
-    /// Histories in which the server was to die, and in how many of them it did not: these tested little.
-    with_kills: u64,
-    without_a_crash: u64,
-    /// For each kind of case its histories, and how many of them failed.
-    kinds: BTreeMap<String, (u64, u64)>,
-    points: BTreeMap<String, u64>,
-    /// The largest set of the judge.
-    largest_set: usize,
-    failures: Vec<Failure>,
-}
-
-impl Results {
-    fn failed(&self) -> u64 {
-        self.not_linearizable + self.broken
-    }
-
-    /// A point may never be reached; but where nobody dies nothing is tested.
-    fn enough_died(&self) -> bool {
-        self.without_a_crash * 4 <= self.with_kills
-    }
-}
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let seed = args.seed.unwrap_or_else(runner::clock_seed);
@@ -158,23 +115,32 @@ struct All<'a> {
     results: Results,
     log: kmsg::Log,
     began: Instant,
+    /// Seconds of earlier runs.
+    before: f64,
 }
 
 impl<'a> All<'a> {
     fn new(args: &'a Args, race: &'a Race<'a>) -> Result<All<'a>> {
-        let results = Results {
+        let run = Run {
             kernel: runner::kernel()?,
+            build: runner::build()?,
             seed: race.seed,
             mode: race.setup.mode.name().into(),
-            ..Results::default()
+            processes: race.processes,
+            calls: race.operations,
         };
-        println!(
-            "kernel {}, seed {}, {}",
-            results.kernel, results.seed, results.mode
-        );
+        println!("kernel {}, seed {}, {}", run.kernel, run.seed, run.mode);
+        let results = match &args.resume {
+            Some(path) => Results::resume(path, &run)?,
+            None => Results {
+                run,
+                ..Results::default()
+            },
+        };
         Ok(All {
             args,
             race,
+            before: results.seconds,
             results,
             log: kmsg::Log::open(),
             began: Instant::now(),
@@ -189,7 +155,8 @@ impl<'a> All<'a> {
             .unwrap_or(if whole { 5 } else { u64::MAX });
         let mut told = Instant::now();
         let mut ended = "";
-        for (n, case) in cases.iter().enumerate() {
+        let todo = self.results.todo(cases);
+        for (n, case) in todo.iter().enumerate() {
             if self
                 .args
                 .seconds
@@ -206,7 +173,7 @@ impl<'a> All<'a> {
             self.add(case, outcome);
             if told.elapsed() > TELL_EVERY {
                 told = Instant::now();
-                self.tell(n + 1, cases.len());
+                self.tell(n + 1, todo.len());
             }
             if self.results.failed() >= enough {
                 ended = " (enough failed)";
@@ -243,48 +210,9 @@ impl<'a> All<'a> {
     }
 
     fn add(&mut self, case: &Case, outcome: Result<Outcome>) {
-        let r = &mut self.results;
-        r.seconds = self.began.elapsed().as_secs_f64();
-        r.histories += 1;
-        let mut reason = String::new();
-        match outcome {
-            Ok(outcome) => {
-                r.operations += outcome.operations;
-                r.crashes += outcome.deaths;
-                for (point, times) in &outcome.points {
-                    *r.points.entry(point.clone()).or_default() += times;
-                }
-                r.largest_set = r.largest_set.max(outcome.most);
-                if matches!(case.kills, Kills::By(_)) {
-                    r.with_kills += 1;
-                    r.without_a_crash += u64::from(outcome.deaths == 0);
-                }
-                if let Some(violation) = outcome.violation {
-                    r.not_linearizable += 1;
-                    reason = violation;
-                }
-            }
-            Err(e) => {
-                r.broken += 1;
-                reason = format!("    {e:#}\n");
-            }
-        }
-        let complaints = self.log.complaints();
-        if !complaints.is_empty() {
-            r.broken += u64::from(reason.is_empty());
-            reason += &format!("    the kernel: {}\n", complaints.join("\n    "));
-        }
-        let name = case.to_string();
-        let kind = name.split('/').nth(1).unwrap_or_default();
-        let (histories, failed) = r.kinds.entry(kind.into()).or_default();
-        *histories += 1;
-        if reason.is_empty() {
-            return;
-        }
-        *failed += 1;
-        println!("{name}:\n{reason}    again: {}", self.again(case));
-        if self.results.failures.len() < 200 {
-            self.results.failures.push(Failure { case: name, reason });
+        let reason = self.results.add(case, outcome, &self.log.complaints());
+        if !reason.is_empty() {
+            println!("{case}:\n{reason}    again: {}", self.again(case));
         }
     }
 
@@ -319,27 +247,10 @@ impl<'a> All<'a> {
     }
 
     fn save(&mut self) -> Result<()> {
-        self.results.seconds = self.began.elapsed().as_secs_f64();
-        let Some(path) = &self.args.json else {
-            return Ok(());
-        };
-        let text = serde_json::to_string_pretty(&self.results)? + "\n";
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_run_in_which_hardly_anybody_dies_tests_nothing() {
-        let of = |with_kills, without_a_crash| Results {
-            with_kills,
-            without_a_crash,
-            ..Results::default()
-        };
-        assert!(of(0, 0).enough_died() && of(8, 2).enough_died());
-        assert!(!of(8, 3).enough_died() && !of(1, 1).enough_died());
+        self.results.seconds = self.before + self.began.elapsed().as_secs_f64();
+        match &self.args.json {
+            Some(path) => tally::write(&self.results, path),
+            None => Ok(()),
+        }
     }
 }
