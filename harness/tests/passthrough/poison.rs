@@ -74,20 +74,18 @@ fn a_request_that_kills_the_server_gets_eio_and_nothing_else_does() {
     let error = beside_four_others(&served, || fs::metadata(name).unwrap_err());
     assert!(is_eio(&error), "{error}");
     let said = served.stderr();
-    let pid = std::process::id();
     let line = said
         .lines()
         .find(|line| line.contains("it gets EIO now"))
         .expect("the log names it");
     assert!(line.contains("LOOKUP (opcode 1,"), "{line}");
     assert!(line.contains("of nodeid 1, asked by pid "), "{line}");
-    let asked_by: u32 = line
+    let asked_by: i32 = line
         .split("asked by pid ")
         .nth(1)
         .and_then(|rest| rest.split(':').next()?.parse().ok())
         .unwrap();
-    let task = format!("/proc/{pid}/task");
-    assert!(asked_by >= pid, "{asked_by} is no thread of {task}");
+    assert_eq!(asked_by, nix::unistd::gettid().as_raw(), "{line}");
     // At least one death that told nothing (others ran too), and exactly two trials.
     let starts = served.starts();
     assert!((4..=12).contains(&starts), "{starts} starts:\n{said}");
