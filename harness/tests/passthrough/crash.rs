@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{symlink, FileExt, MetadataExt};
+use std::os::unix::fs::{symlink, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -535,9 +535,17 @@ fn lookups_are_counted_as_the_kernel_counts_them() {
         for n in 0..40 {
             round(&dir, n, &running);
         }
-        for n in 0..300 {
-            fs::write(dir.join(format!("many{n}")), b"").unwrap();
-        }
+        // Held: others may drop the caches of this machine meanwhile.
+        let hold = |n| {
+            let path = dir.join(format!("many{n}"));
+            fs::write(&path, b"").unwrap();
+            let by_path = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_PATH)
+                .open(path);
+            by_path.unwrap()
+        };
+        let held: Vec<File> = (0..300).map(hold).collect();
         for _ in 0..3 {
             for entry in fs::read_dir(&dir).unwrap() {
                 entry.unwrap().metadata().unwrap();
@@ -554,6 +562,7 @@ fn lookups_are_counted_as_the_kernel_counts_them() {
             let differed = said(&served, " were looked up another number", 1);
             assert_eq!(differed, 0, "{kind:?}: {}", served.stderr());
         }
+        drop(held);
         // When the kernel has forgotten everything, so has the server: nothing is counted twice.
         fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
         served.wait_until_idle();
