@@ -201,6 +201,9 @@ fn a_hang_in_a_recovery_is_found() {
     served.crash();
     let kept = fs::read_to_string(served.mnt().join("kept")).unwrap();
     assert_eq!(kept, "as it was");
+    if served.stderr().contains("knows no recovery") {
+        return eprintln!("SKIPPED: this kernel knows no recovery, so none hangs");
+    }
     let said = served.stderr();
     assert!(
         said.contains("hangs: its recovery comes no further"),
