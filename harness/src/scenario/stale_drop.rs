@@ -195,7 +195,7 @@ pub(super) fn map(
 }
 
 /// f1 is read past the cache, into page `page` of a mapping of f0, which looks changed meanwhile. The READ, sent again.
-fn into_mapping(
+pub(super) fn into_mapping(
     kit: &mut Kit<'_>,
     from: RawFd,
     at: usize,
@@ -215,7 +215,10 @@ fn into_mapping(
 }
 
 /// f1 past the page cache, f0 through it.
-fn direct_and_cached<'a>(env: &'a Env<'a>, flags: OFlag) -> Result<(Kit<'a>, RawFd, RawFd)> {
+pub(super) fn direct_and_cached<'a>(
+    env: &'a Env<'a>,
+    flags: OFlag,
+) -> Result<(Kit<'a>, RawFd, RawFd)> {
     let mut kit = Kit::granted_with(env, Config::default())?;
     populate(&mut kit, 2)?;
     kit.tree.open_flags = fopen::DIRECT_IO;

@@ -16,7 +16,10 @@ use super::lost::{node, Staged};
 use super::patience::Knob;
 use super::stale::changed_meanwhile;
 use super::stale_data::{cached, FAULT_AROUND};
-use super::stale_drop::{change_mapped, crash_in_write, map, reads, store_and_sync};
+use super::stale_drop::{
+    change_mapped, crash_in_write, direct_and_cached, into_mapping, map, reads, store_and_sync,
+};
+use super::windows::reading_ahead;
 use super::Scenario;
 use crate::raw::app::{App, Proc};
 use crate::raw::dev::poll_one;
@@ -25,6 +28,7 @@ use crate::raw::kit::Kit;
 use crate::raw::ops;
 use crate::raw::rare;
 use crate::raw::trap::Trap;
+use crate::raw::tree::Answer;
 use crate::raw::wait::wait_for;
 use crate::raw::wire::{fopen, op};
 
@@ -59,6 +63,26 @@ pub fn scenarios() -> Vec<Scenario> {
             "stale-data/fault-waits",
             "who waits in a fault for what is stale has no lock that others need",
             fault_waits,
+        ),
+        Scenario::series(
+            "stale-data/populate",
+            "who wants pages in a mapping gets them, though something else stays stale",
+            populate_beside,
+        ),
+        Scenario::series(
+            "stale-data/put-back",
+            "a write that ends leaves alone what was stored meanwhile where the file has always been",
+            put_back,
+        ),
+        Scenario::series(
+            "stale-data/write-keeps-page",
+            "as long as a write is under way its page stays in the cache, also where the file ends",
+            write_keeps_page,
+        ),
+        Scenario::series(
+            "stale-data/killed-write-behind",
+            "what a killed write leaves is no reason for others to wait",
+            killed_write_behind,
         ),
         Scenario::series(
             "stale-data/killed-write-mapped",
@@ -166,6 +190,18 @@ fn append_held(env: &Env<'_>) -> Result<()> {
     mapped.wait_asleep(kit.patience)?;
     let recovered = kit.answer_replays(&mut |_, _| None)?;
     kit.commit(&recovered)?;
+    let (write, whole) = (kit.next_request()?, kit.next_request()?);
+    kit.answer(&write)?;
+    // It waits for the page that is being written, and has nothing behind the old end.
+    app.wait_asleep(kit.patience)?;
+    let early = kit.app("a read before", move || ops::pread(fd, 100, 0))?;
+    kit.until_op(op::GETATTR).and_then(|m| kit.answer(&m))?;
+    let early = early.finish(kit.patience)?;
+    ensure!(
+        early == Ok(b"cXntent of 0".to_vec()),
+        "before the end of the write f0 reads {early:?}"
+    );
+    kit.answer(&whole)?;
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(10), "the write gave {wrote:?}");
     synced(&mut kit, &mapped)?;
@@ -174,7 +210,7 @@ fn append_held(env: &Env<'_>) -> Result<()> {
 }
 
 /// The WRITE was executed, undone by the write-back of a page that came back too early, and sent once more. Before the
-/// server executes it that page leaves the cache, and comes back as it is there.
+/// server executes it somebody wants that page to leave the cache, and to come back as it is there.
 fn evicted(env: &Env<'_>) -> Result<()> {
     let (mut kit, fd) = cached(env, 0)?;
     let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
@@ -195,11 +231,7 @@ fn evicted(env: &Env<'_>) -> Result<()> {
         // SAFETY: plain numbers.
         unsafe { libc::posix_fadvise(fd, 0, 0, libc::POSIX_FADV_DONTNEED) }
     })?;
-    let early = kit.run("a read before", move || ops::pread(fd, 100, 0))?;
-    ensure!(
-        early == Ok(b"cXntent of 0".to_vec()),
-        "the page did not leave the cache, f0 reads {early:?}"
-    );
+    kit.run("a read before", move || ops::pread(fd, 100, 0))??;
     kit.answer(&again)?;
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(1), "the write gave {wrote:?}");
@@ -284,6 +316,101 @@ fn map_dirty(path: &Path) -> std::result::Result<usize, i32> {
     // SAFETY: mapped, and the file is not empty.
     unsafe { at.cast::<u8>().write_volatile(b'X') };
     Ok(at as usize)
+}
+
+/// A page stays for a direct read, and all others are dropped by faults only now and then.
+fn populate_beside(env: &Env<'_>) -> Result<()> {
+    let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR)?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).data = vec![b'd'; 3 * 4096];
+    ensure!(kit.run_on("stat", "f0", ops::stat)?.is_ok(), "stat f0");
+    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 3)?;
+    ensure!(first == b"ddd", "f0 begins with {first:?}");
+    kit.settle()?;
+    let late = Trap::arm_if_any("teardown")?;
+    let (app, read) = into_mapping(&mut kit, from, at + 2 * 4096)?;
+    kit.run("a read", move || ops::pread(fd, 12, 0))??;
+    let locked = kit.run("mlock", move || {
+        // SAFETY: mapped.
+        nix::errno::Errno::result(unsafe { libc::mlock(at as *const libc::c_void, 2 * 4096) })
+    });
+    drop(late);
+    kit.answer(&read)?;
+    let got = kit.serve(&app)?;
+    ensure!(got == Ok(12), "the direct read gave {got:?}");
+    ensure!(locked? == Ok(0), "mlock");
+    kit.check_counts()?;
+    still_serves(&mut kit)
+}
+
+/// No server dies. The WRITE begins before the old end of the file and goes past it.
+fn put_back(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, &[b'A'; 20], 0))?;
+    let write = kit.until_op(op::WRITE)?;
+    kit.run("a store", move || {
+        // SAFETY: mapped, and the file is not empty.
+        unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
+    })?;
+    kit.answer(&write)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(20), "the write gave {wrote:?}");
+    kit.run("fsync", move || ops::fsync(fd))??;
+    server_has(&mut kit, "AXAAAAAAAAAAAAAAAAAA")?;
+    reads(&mut kit, fd, 0, b"AXAAAAAAAAAAAAAAAAAA")
+}
+
+/// No server dies. If the page went, a READ could bring back what was there before.
+fn write_keeps_page(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, &[b'A'; 20], 0))?;
+    let write = kit.until_op(op::WRITE)?;
+    kit.served.clear();
+    kit.run("fadvise", move || {
+        // SAFETY: plain numbers.
+        unsafe { libc::posix_fadvise(fd, 0, 0, libc::POSIX_FADV_DONTNEED) }
+    })?;
+    let early = kit.run("a read before", move || ops::pread(fd, 12, 0))?;
+    ensure!(
+        early == Ok(vec![b'A'; 12]) && !kit.served.iter().any(|m| m.is(op::READ)),
+        "the page has left the cache, f0 reads {early:?}"
+    );
+    kit.answer(&write)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(20), "the write gave {wrote:?}");
+    reads(&mut kit, fd, 0, &[b'A'; 20])
+}
+
+/// Pages of the same file are being read, which the next server does not answer. Another file is revoked.
+fn killed_write_behind(env: &Env<'_>) -> Result<()> {
+    let (mut kit, _, old) = reading_ahead(env)?;
+    kit.tree.open_flags = fopen::KEEP_CACHE | fopen::NOFLUSH;
+    let big = open(&mut kit, "big", OFlag::O_RDWR)?;
+    let small = open(&mut kit, "small", OFlag::O_RDWR)?;
+    kit.run("pread", move || ops::pread(small, 5, 0))??;
+    let page = kit.run("mmap", move || rare::map_untouched(small))??;
+    ensure!(rare::in_page_cache(page)?, "nothing was cached");
+    let mut writer = Proc::spawn("a write", &[kit.dev.raw()], || {
+        i32::from(ops::pwrite(big, b"X", 512 << 10).is_err())
+    })?;
+    kit.until_op(op::WRITE)?;
+    writer.wait_asleep(kit.patience)?;
+    kit.restarted()?;
+    dies(&kit, &mut writer, "in a write")?;
+    let lost = node(&kit, "small")?;
+    let recovered =
+        kit.answer_replays(&mut |_, r| (r.nodeid == lost).then_some(Answer::Err(libc::ESTALE)))?;
+    kit.commit(&recovered)?;
+    let read = kit.next_request()?;
+    expect_resent(&kit, &old, &read)?;
+    let gone = kit.serve_until("the pages of the revoked file to go", |_| {
+        Ok(!rare::in_page_cache(page)?)
+    });
+    kit.answer(&read)?;
+    kit.settle()?;
+    gone?;
+    still_serves(&mut kit)
 }
 
 /// A fault has found the page with what a task has written that is killed meanwhile, and maps it.
