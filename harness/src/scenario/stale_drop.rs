@@ -274,7 +274,7 @@ fn direct_read_meanwhile(env: &Env<'_>) -> Result<()> {
         // SAFETY: still mapped.
         i32::from(unsafe { (at as *const u8).add(11).read_volatile() })
     })?;
-    checked.wait(kit.patience)?;
+    kit.serve_until("the fault to begin anew", |_| Ok(checked.stopped()))?;
     kit.run("a read", move || ops::pread(fd, 12, 0))??;
     let decided = teardown.then("drop_decided")?;
     decided.wait(kit.patience)?;

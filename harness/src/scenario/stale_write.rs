@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use nix::fcntl::OFlag;
 use nix::poll::PollFlags;
 
@@ -30,7 +30,7 @@ use crate::raw::rare;
 use crate::raw::trap::Trap;
 use crate::raw::tree::Answer;
 use crate::raw::wait::wait_for;
-use crate::raw::wire::{fopen, op};
+use crate::raw::wire::{fopen, notify, op, InvalInodeOut, WriteOut};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![
@@ -62,7 +62,22 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::series(
             "stale-data/fault-waits",
             "who waits in a fault for what is stale has no lock that others need",
-            fault_waits,
+            |env| fault_waits(env, op::WRITE),
+        ),
+        Scenario::series(
+            "stale-data/fault-reads",
+            "nor has he while his page is read again",
+            |env| fault_waits(env, op::READ),
+        ),
+        Scenario::series(
+            "stale-data/short-under-way",
+            "of a write that is sent once more, only what was taken is",
+            short,
+        ),
+        Scenario::series(
+            "stale-data/invalidated-under-way",
+            "what a server has invalidated is not put back",
+            invalidated,
         ),
         Scenario::series(
             "stale-data/populate",
@@ -246,25 +261,27 @@ fn sleeps(tid: i32) -> bool {
     state.starts_with(['D', 'S'])
 }
 
-/// A thread touches a page that is dirty and stale, and waits for its WRITE; another one changes the mapping.
-fn fault_waits(env: &Env<'_>) -> Result<()> {
+/// A thread touches a page that is dirty and stale, and waits for an answer to `opcode`; another one changes the mapping.
+fn fault_waits(env: &Env<'_>, opcode: u32) -> Result<()> {
     let (mut kit, _) = cached(env, 0)?;
     let f0 = node(&kit, "f0")?;
     let path = kit.path("f0");
     kit.tree.open_flags |= fopen::NOFLUSH;
     let (done, tell) = nix::unistd::pipe()?;
+    let (told, go_on) = nix::unistd::pipe()?;
     let staged = Staged::start(
         &mut kit,
         "a process with a mapping",
         || map_dirty(&path),
         |at| {
-            let (tid, told) = std::sync::mpsc::channel();
+            let (tid, theirs) = std::sync::mpsc::channel();
             let toucher = thread::spawn(move || {
                 let _ = tid.send(nix::unistd::gettid().as_raw());
                 // SAFETY: mapped.
                 unsafe { (at as *const u8).read_volatile() }
             });
-            let Ok(tid) = told.recv() else { return 20 };
+            let Ok(tid) = theirs.recv() else { return 20 };
+            let _ = nix::unistd::read(&told, &mut [0]);
             while !sleeps(tid) {
                 thread::yield_now();
             }
@@ -277,23 +294,76 @@ fn fault_waits(env: &Env<'_>) -> Result<()> {
             toucher.join().map_or(22, i32::from)
         },
     )?;
-    drop(tell);
+    drop((tell, told));
     kit.settle()?;
+    let late = Trap::arm_if_any("teardown")?;
     changed_meanwhile(&mut kit, |kit| kit.tree.node_mut(f0).mtime += 10)?;
+    let mut child = staged.let_go();
     // The page is being written because it is to be dropped.
-    let write = kit.until_op(op::WRITE)?;
-    let child = staged.let_go();
+    let mut last = kit.until_op(op::WRITE)?;
+    if opcode == op::READ {
+        kit.answer(&last)?;
+        last = kit.until_op(op::READ)?;
+    }
+    nix::unistd::write(&go_on, b"!")?;
     let changed = wait_for("another thread to change the mapping", kit.patience, || {
         Ok(!poll_one(done.as_fd(), PollFlags::POLLIN, Duration::ZERO)?.is_empty())
     });
-    kit.answer(&write)?;
+    kit.answer(&last)?;
+    drop(late);
     kit.serve_until("the end of the process", |_| child.ended())?;
     changed?;
-    let mut child = child;
     let code = child.wait_code(kit.patience)?;
     ensure!(code == i32::from(b'X'), "the process ended with {code}");
+    kit.settle()?;
     kit.check_counts()?;
     still_serves(&mut kit)
+}
+
+/// The WRITE that was sent again is answered with less than was asked for.
+fn short(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, b"CONTENT", 0))?;
+    let write = crash_in_write(&mut kit)?;
+    let mapped = change_mapped(&mut kit, fd)?;
+    let whole = kit.until_op(op::WRITE)?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).data[0] = b'C';
+    let one = WriteOut {
+        size: 1,
+        padding: 0,
+    };
+    kit.send(&write, &Answer::of(&one))?;
+    kit.answer(&whole)?;
+    synced(&mut kit, &mapped)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(1), "the write gave {wrote:?}");
+    server_has(&mut kit, "CXntent of 0")?;
+    reads(&mut kit, fd, 0, b"CXntent of 0")
+}
+
+/// No server dies. The WRITE was executed, then the file was changed by somebody else, and the server said so.
+fn invalidated(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, &[b'A'; 20], 0))?;
+    let write = kit.until_op(op::WRITE)?;
+    let answer = kit.tree.apply(&write)?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).data = vec![b'b'; 20];
+    let inval = InvalInodeOut {
+        ino: f0,
+        off: 0,
+        len: 0,
+    };
+    kit.dev
+        .notify(notify::INVAL_INODE, &inval, &[])
+        .context("INVAL_INODE")?;
+    let early = kit.run("a read before", move || ops::pread(fd, 12, 0))?;
+    ensure!(early == Ok(vec![b'b'; 12]), "f0 reads {early:?}");
+    kit.send(&write, &answer)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(20), "the write gave {wrote:?}");
+    reads(&mut kit, fd, 0, &[b'b'; 20])
 }
 
 fn map_dirty(path: &Path) -> std::result::Result<usize, i32> {
