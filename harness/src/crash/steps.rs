@@ -507,10 +507,16 @@ pub fn readlink(d: &mut Draw) {
     d.op(Op::Readlink("f0".into()));
 }
 
+/// Of a file of its own: what FALLOCATE has made is a hole on tmpfs, and data when it was made twice.
 pub fn seek(d: &mut Draw) {
-    let name = d.one_of(&FILES).to_owned();
-    d.op(Op::Open(0, name, libc::O_RDWR, 0));
+    let fresh = d.fresh("sk");
+    let name = d.place(fresh);
+    let seed = d.bytes();
+    d.op(Op::Open(0, name.clone(), RDWR_NEW, 0o644));
+    d.op(Op::Write(0, 10_000, 5000, seed));
     d.op(Op::Ftruncate(0, 60_000));
+    d.op(Op::Close(0));
+    d.op(Op::Open(0, name, libc::O_RDWR, 0));
     for whence in [libc::SEEK_HOLE, libc::SEEK_DATA, libc::SEEK_END] {
         let at = d.rng.below(30_000) as i64;
         d.op(Op::Seek(0, at, whence));

@@ -202,7 +202,10 @@ impl Server {
     }
 
     pub fn close(&self, fh: u64) {
-        self.state.handles().remove(fh);
+        let orphan = self.state.release(fh);
         self.files.remove(fh);
+        if let Some(node) = orphan {
+            self.bury_node(node.nodeid);
+        }
     }
 }

@@ -94,6 +94,7 @@ fn answer<R: Recover>(
     recover: &mut R,
     state: &State,
 ) -> Result<(), AdoptError> {
+    state.nodes().show(replay.nodeid);
     let verdict = recover.replay(state, replay);
     if let Err(errno) = verdict {
         if says_nothing(errno) {

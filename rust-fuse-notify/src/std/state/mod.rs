@@ -314,6 +314,10 @@ impl State {
     ///
     /// A node that an owed outcome names is not shown to `keep`: the kernel has yet to be told of it. It goes, if
     /// the answer is never asked for, through [`State::take_orphans`] or at the next recovery.
+    ///
+    /// Nor is one that the kernel did not ask for, and of which a handle is left: it may have got the handle by an answer
+    /// to CREATE that was late for the recovery, looks the name up again, and goes on to use it. [`State::release`] tells
+    /// when it has given it back.
     pub fn settle(&self, report: &Report, mut keep: impl FnMut(&Node) -> Keep) -> Settled {
         let mut settled = Settled {
             outcomes_dropped: self.journal.drop_below(report.lowest_owed),
@@ -331,7 +335,7 @@ impl State {
                 lookups: 0,
                 ..*node
             };
-            if owed.contains(&node.nodeid) || keep(&node) == Keep::Keep {
+            if owed.contains(&node.nodeid) || self.is_late(&node) || keep(&node) == Keep::Keep {
                 settled.kept_unused += 1;
             } else if self.nodes.remove(node.nodeid) {
                 settled.dropped += 1;
@@ -345,6 +349,20 @@ impl State {
             }
         });
         settled
+    }
+
+    fn is_late(&self, node: &Node) -> bool {
+        !self.nodes.was_shown(node.nodeid) && !self.handles.of_node(node.nodeid).is_empty()
+    }
+
+    /// RELEASE: frees the handle. Some: its node, if that has neither lookups nor other handles any more: the server
+    /// removes what it holds for it, then calls [`State::remove_node`].
+    pub fn release(&self, fh: u64) -> Option<Node> {
+        let nodeid = self.handles.remove(fh)?.info.nodeid;
+        self.nodes
+            .get(nodeid)
+            .filter(|node| node.lookups == 0 && self.handles.of_node(nodeid).is_empty())
+            .filter(|_| !self.journal.nodes_named().contains(&nodeid))
     }
 
     /// Frees a node that [`NodeTable::forget`] gave back (or [`State::take_orphans`]), and what handles are left of

@@ -147,6 +147,19 @@ pub struct NodeTable {
     inner: Mutex<Inner>,
 }
 
+fn set_bit(map: &mut Vec<u64>, slot: u32) {
+    let word = (slot / 64) as usize;
+    if map.len() <= word {
+        map.resize(word + 1, 0);
+    }
+    map[word] |= 1 << (slot % 64);
+}
+
+fn has_bit(map: &[u64], slot: u32) -> bool {
+    map.get((slot / 64) as usize)
+        .is_some_and(|bits| bits & (1 << (slot % 64)) != 0)
+}
+
 /// What is found out again at every start.
 #[derive(Debug)]
 struct Inner {
@@ -155,6 +168,8 @@ struct Inner {
     index: HashTable<u32>,
     /// Slots that were confirmed in this recovery.
     confirmed: Vec<u64>,
+    /// Slots that the kernel has shown in this recovery.
+    shown: Vec<u64>,
     /// First slots of pages that became free and were not given back yet.
     free_pages: Vec<u32>,
 }
@@ -174,6 +189,7 @@ impl NodeTable {
                 slots: Slots::new(capacity),
                 index: HashTable::new(),
                 confirmed: Vec::new(),
+                shown: Vec::new(),
                 free_pages: Vec::new(),
             }),
         };
@@ -336,7 +352,22 @@ impl NodeTable {
 
     /// Begins a recovery: no node counts as confirmed any more.
     pub(crate) fn begin_replay(&self) {
-        self.inner().confirmed.clear();
+        let inner = &mut *self.inner();
+        inner.confirmed.clear();
+        inner.shown.clear();
+    }
+
+    /// The kernel asks for it in a replay, whatever the answer is going to be.
+    pub(crate) fn show(&self, nodeid: u64) {
+        let inner = &mut *self.inner();
+        if self.known(nodeid).is_some() {
+            set_bit(&mut inner.shown, nodeid as u32);
+        }
+    }
+
+    /// Whether the kernel has asked for it in this recovery.
+    pub(super) fn was_shown(&self, nodeid: u64) -> bool {
+        has_bit(&self.inner().shown, nodeid as u32)
     }
 
     /// A replay is confirmed: the count is *set*. `false`: there is no such node.
@@ -346,11 +377,7 @@ impl NodeTable {
             return false;
         };
         self.region.store(at + LOOKUPS, nlookup);
-        let (word, bit) = ((nodeid as u32 / 64) as usize, 1 << (nodeid % 64));
-        if inner.confirmed.len() <= word {
-            inner.confirmed.resize(word + 1, 0);
-        }
-        inner.confirmed[word] |= bit;
+        set_bit(&mut inner.confirmed, nodeid as u32);
         true
     }
 
@@ -360,12 +387,7 @@ impl NodeTable {
         let Some(at) = self.known(nodeid) else {
             return false;
         };
-        let word = (nodeid as u32 / 64) as usize;
-        let confirmed = inner
-            .confirmed
-            .get(word)
-            .is_some_and(|bits| bits & (1 << (nodeid % 64)) != 0);
-        if confirmed || nodeid == FUSE_ROOT_ID {
+        if has_bit(&inner.confirmed, nodeid as u32) || nodeid == FUSE_ROOT_ID {
             return false;
         }
         self.region.store(at + LOOKUPS, 0);
@@ -513,8 +535,10 @@ impl NodeTable {
     }
 
     fn unconfirm(&self, inner: &mut Inner, slot: u32) {
-        if let Some(bits) = inner.confirmed.get_mut((slot / 64) as usize) {
-            *bits &= !(1 << (slot % 64));
+        for map in [&mut inner.confirmed, &mut inner.shown] {
+            if let Some(bits) = map.get_mut((slot / 64) as usize) {
+                *bits &= !(1 << (slot % 64));
+            }
         }
     }
 

@@ -89,6 +89,7 @@ fn settle_makes_the_table_the_replayed_set() {
     }
     state.nodes().begin_replay();
     assert!(state.nodes().confirm(1, 1));
+    state.nodes().show(dropped);
     assert!(state.nodes().confirm(confirmed, 42));
     assert!(!state.nodes().confirm(confirmed ^ 1 << 40, 42));
     let mut shown = Vec::new();
@@ -118,9 +119,52 @@ fn settle_makes_the_table_the_replayed_set() {
     assert_eq!(state.nodes().add_lookup(owed), Some(1));
     // A second recovery starts from nothing.
     state.nodes().begin_replay();
+    state.nodes().show(confirmed);
     state.settle(&report(None), |_| Keep::Drop);
     assert_eq!(state.nodes().len(), 1);
     assert!(state.journal().is_empty());
+}
+
+/// The answer to its CREATE was late: the kernel has the handle and no inode.
+#[test]
+fn what_was_created_late_keeps_its_handle() {
+    let fd = State::create_memfd().unwrap();
+    let create = || {
+        let state = open(&fd).unwrap();
+        let nodeid = state.nodes().lookup(&node(2)).unwrap().nodeid;
+        let new = NewHandle {
+            nodeid,
+            flags: libc::O_RDWR,
+            kind: HandleKind::File,
+            opener: 30,
+            aux: [0; 2],
+        };
+        (nodeid, state.handles().insert(&new).unwrap())
+    };
+    let (nodeid, fh) = create();
+    for looked_up in [false, true, false] {
+        let state = open(&fd).unwrap();
+        state.nodes().begin_replay();
+        let settled = state.settle(&report(Some(40)), |_| Keep::Drop);
+        assert_eq!((settled.kept_unused, settled.dropped), (1, 0));
+        assert!(state.handles().get(fh).is_some());
+        if looked_up {
+            assert_eq!(state.nodes().add_lookup(nodeid), Some(1));
+        }
+    }
+    let state = open(&fd).unwrap();
+    // Its application was killed meanwhile: there is nothing but a RELEASE.
+    assert_eq!(state.release(fh).unwrap().nodeid, nodeid);
+    assert!(state.remove_node(nodeid));
+    assert_eq!(state.release(fh), None);
+    let (nodeid, fh) = {
+        drop(state);
+        create()
+    };
+    let state = open(&fd).unwrap();
+    // In use otherwise.
+    assert_eq!(state.release(fh), None);
+    assert!(state.nodes().get(nodeid).is_some());
 }
 
 #[test]
