@@ -186,7 +186,7 @@ impl HandleTable {
         self.region.still(at + FH, fh).then_some(handle)
     }
 
-    /// RELEASE: frees the slot. `None`: it was free.
+    /// Frees the slot; `None`: it was free. At RELEASE call `State::release`, which also tells of a node that nobody has any more.
     pub fn remove(&self, fh: u64) -> Option<Handle> {
         let inner = &mut *self.inner();
         let at = self.known(fh)?;
