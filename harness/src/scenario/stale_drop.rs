@@ -195,7 +195,7 @@ pub(super) fn map(
 }
 
 /// f1 is read past the cache, into page `page` of a mapping of f0, which looks changed meanwhile. The READ, sent again.
-pub(super) fn into_mapping(
+fn into_mapping(
     kit: &mut Kit<'_>,
     from: RawFd,
     at: usize,
@@ -215,10 +215,7 @@ pub(super) fn into_mapping(
 }
 
 /// f1 past the page cache, f0 through it.
-pub(super) fn direct_and_cached<'a>(
-    env: &'a Env<'a>,
-    flags: OFlag,
-) -> Result<(Kit<'a>, RawFd, RawFd)> {
+fn direct_and_cached<'a>(env: &'a Env<'a>, flags: OFlag) -> Result<(Kit<'a>, RawFd, RawFd)> {
     let mut kit = Kit::granted_with(env, Config::default())?;
     populate(&mut kit, 2)?;
     kit.tree.open_flags = fopen::DIRECT_IO;
@@ -390,20 +387,56 @@ fn direct_write(env: &Env<'_>) -> Result<()> {
     still_serves(&mut kit)
 }
 
+/// The three pages of f0, of which the first two were read anew; the last one stays as it was, for a direct read of
+/// f1 is about to fill it.
+pub(super) struct Beside<'a> {
+    pub kit: Kit<'a>,
+    /// Where f0 is mapped.
+    pub at: usize,
+    late: Option<Trap>,
+    app: App<nix::Result<isize>>,
+    read: Message,
+}
+
+impl<'a> Beside<'a> {
+    pub fn a_direct_read(env: &'a Env<'a>) -> Result<Beside<'a>> {
+        let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR)?;
+        let f0 = node(&kit, "f0")?;
+        kit.tree.node_mut(f0).data = vec![b'd'; 3 * 4096];
+        // The mount knows the new size.
+        ensure!(kit.run_on("stat", "f0", ops::stat)?.is_ok(), "stat f0");
+        let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 3)?;
+        ensure!(first == b"ddd", "f0 begins with {first:?}");
+        kit.settle()?;
+        let late = Trap::arm_if_any("teardown")?;
+        let (app, read) = into_mapping(&mut kit, from, at + 2 * 4096)?;
+        kit.run("a read", move || ops::pread(fd, 12, 0))??;
+        Ok(Beside {
+            kit,
+            at,
+            late,
+            app,
+            read,
+        })
+    }
+
+    /// The direct read ends as if nothing had been.
+    pub fn end(self) -> Result<()> {
+        let mut kit = self.kit;
+        drop(self.late);
+        kit.answer(&self.read)?;
+        let got = kit.serve(&self.app)?;
+        ensure!(got == Ok(12), "the direct read gave {got:?}");
+        kit.check_counts()?;
+        still_serves(&mut kit)
+    }
+}
+
 /// A page of f0 stays, and with it the mark of the file. An instruction that needs two other pages gets them.
 fn fault_beside(env: &Env<'_>) -> Result<()> {
-    let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR)?;
-    let f0 = node(&kit, "f0")?;
-    kit.tree.node_mut(f0).data = vec![b'd'; 3 * 4096];
     let _knob = Knob::set(FAULT_AROUND, "4096")?;
-    // The mount knows the new size.
-    ensure!(kit.run_on("stat", "f0", ops::stat)?.is_ok(), "stat f0");
-    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 3)?;
-    ensure!(first == b"ddd", "f0 begins with {first:?}");
-    kit.settle()?;
-    let late = Trap::arm_if_any("teardown")?;
-    let (app, read) = into_mapping(&mut kit, from, at + 2 * 4096)?;
-    kit.run("a read", move || ops::pread(fd, 12, 0))??;
+    let mut beside = Beside::a_direct_read(env)?;
+    let (kit, at) = (&mut beside.kit, beside.at);
     let look = move |page: usize| {
         // SAFETY: mapped, and the file is as long as that.
         move || unsafe { ((at + page * 4096) as *const u8).read_volatile() }
@@ -418,12 +451,7 @@ fn fault_beside(env: &Env<'_>) -> Result<()> {
         again == 0,
         "the fault on page 1 has taken page 0 away: {again} READs"
     );
-    drop(late);
-    kit.answer(&read)?;
-    let got = kit.serve(&app)?;
-    ensure!(got == Ok(12), "the direct read gave {got:?}");
-    kit.check_counts()?;
-    still_serves(&mut kit)
+    beside.end()
 }
 
 /// One has begun to drop and waits for a locked page, then another begins, and the first one ends.

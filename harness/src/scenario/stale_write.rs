@@ -16,9 +16,7 @@ use super::lost::{node, Staged};
 use super::patience::Knob;
 use super::stale::changed_meanwhile;
 use super::stale_data::{cached, FAULT_AROUND};
-use super::stale_drop::{
-    change_mapped, crash_in_write, direct_and_cached, into_mapping, map, reads, store_and_sync,
-};
+use super::stale_drop::{change_mapped, crash_in_write, map, reads, store_and_sync, Beside};
 use super::windows::reading_ahead;
 use super::Scenario;
 use crate::raw::app::{App, Proc};
@@ -390,27 +388,14 @@ fn map_dirty(path: &Path) -> std::result::Result<usize, i32> {
 
 /// A page stays for a direct read, and all others are dropped by faults only now and then.
 fn populate_beside(env: &Env<'_>) -> Result<()> {
-    let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR)?;
-    let f0 = node(&kit, "f0")?;
-    kit.tree.node_mut(f0).data = vec![b'd'; 3 * 4096];
-    ensure!(kit.run_on("stat", "f0", ops::stat)?.is_ok(), "stat f0");
-    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 3)?;
-    ensure!(first == b"ddd", "f0 begins with {first:?}");
-    kit.settle()?;
-    let late = Trap::arm_if_any("teardown")?;
-    let (app, read) = into_mapping(&mut kit, from, at + 2 * 4096)?;
-    kit.run("a read", move || ops::pread(fd, 12, 0))??;
-    let locked = kit.run("mlock", move || {
+    let mut beside = Beside::a_direct_read(env)?;
+    let at = beside.at;
+    let locked = beside.kit.run("mlock", move || {
         // SAFETY: mapped.
         nix::errno::Errno::result(unsafe { libc::mlock(at as *const libc::c_void, 2 * 4096) })
-    });
-    drop(late);
-    kit.answer(&read)?;
-    let got = kit.serve(&app)?;
-    ensure!(got == Ok(12), "the direct read gave {got:?}");
-    ensure!(locked? == Ok(0), "mlock");
-    kit.check_counts()?;
-    still_serves(&mut kit)
+    })?;
+    ensure!(locked == Ok(0), "mlock gave {locked:?}");
+    beside.end()
 }
 
 /// No server dies. The WRITE begins before the old end of the file and goes past it.

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::served::{wait_for, Kind, Scratch, Served};
 
 /// Whether the table says that `name` killed, and how often it was reached; parsed as in `src/crash_points/table.rs`.
-fn seen(table: &Path, name: &str) -> Option<(u64, u64)> {
+pub fn seen(table: &Path, name: &str) -> Option<(u64, u64)> {
     let bytes = fs::read(table).unwrap();
     let word =
         |record: &[u8], at: usize| u64::from_ne_bytes(record[at..at + 8].try_into().unwrap());

@@ -43,7 +43,12 @@ pub fn run(paths: &Paths, tally: &mut Tally) {
         guest(paths, "passthrough", false, SURVIVES)
     });
     tally.check("deaths at a point, poison and hangs, uml patched", || {
-        guest(paths, "passthrough", true, &["points", "poison"])
+        guest(
+            paths,
+            "passthrough",
+            true,
+            &["points", "poison", "late_create"],
+        )
     });
 }
 
