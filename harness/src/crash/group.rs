@@ -270,9 +270,8 @@ impl<'a> Running<'a> {
         Ok(difference(&self.want, &again.observed))
     }
 
-    /// As few of many deaths as still show what `judged` is about. The workload stays what it is: what is left out of it
-    /// moves the deaths elsewhere.
-    fn fewer_deaths(&self, judged: &Judged, tries: usize) -> Option<(Workload, Case, String)> {
+    /// As few of many deaths as still show what `judged` is about, in the same workload.
+    fn fewer_deaths(&self, judged: &Judged, tries: usize) -> Option<(Case, String)> {
         let mut found = None;
         let mut best = judged.died.clone();
         let mut left = tries;
@@ -293,23 +292,27 @@ impl<'a> Running<'a> {
             }
             size /= 2;
         }
-        found.map(|(case, reason)| (self.workload.clone(), case, reason))
+        found
     }
 
     /// The shortest workload that still shows what `judged` is about, and at which reach.
     pub fn shortest(&self, judged: &Judged, tries: usize) -> Option<(Workload, Case, String)> {
-        if judged.case.deaths().together {
-            return self.fewer_deaths(judged, tries);
-        }
-        let kills = &judged.case.kills;
-        let point = &kills.first()?.point;
-        let mut found = None;
+        let together = judged.case.deaths().together;
+        let mut found = together.then(|| self.fewer_deaths(judged, tries)).flatten();
+        let kills = match &found {
+            Some((case, _)) => case.kills.clone(),
+            None if together => judged.died.clone(),
+            None => judged.case.kills.clone(),
+        };
         let best = super::minimise::shortest(&self.workload, tries, |candidate| {
             let Ok(oracle) = case::run(self.setup, &self.group.dim, candidate, Deaths::NONE) else {
                 return false;
             };
-            let reached = oracle.seen.iter().find(|seen| seen.name == *point);
-            for kills in elsewhere(kills, reached.map_or(0, |seen| seen.reached)) {
+            let reached = |point: &str| {
+                let of_point = oracle.seen.iter().find(|seen| seen.name == point);
+                of_point.map_or(0, |seen| seen.reached)
+            };
+            for kills in elsewhere(&kills, together, reached) {
                 let case = self.case(kills);
                 let again = self.judge_on(&case, candidate, &oracle.observed);
                 if again.verdict == judged.verdict {
@@ -323,12 +326,32 @@ impl<'a> Running<'a> {
     }
 }
 
-/// Where to die in a shorter workload that comes to the point of the first death so many times: near to where it was, the
-/// last time, the first time. Each death after that one is counted from it on, so it may be where it was, or the first.
-fn elsewhere(kills: &[Kill], reached: u64) -> Vec<Vec<Kill>> {
+/// Where to die in a shorter workload.
+fn elsewhere(kills: &[Kill], together: bool, reached: impl Fn(&str) -> u64) -> Vec<Vec<Kill>> {
     let Some((first, later)) = kills.split_first() else {
         return Vec::new();
     };
+    if together && !later.is_empty() {
+        return all_elsewhere(kills, reached);
+    }
+    one_after_the_other(first, later, reached(&first.point))
+}
+
+/// Many deaths, each of which is counted from the start: where they were; each at the last time that the workload comes to
+/// its point, if that is earlier. What it does not come to may be a point of a recovery.
+fn all_elsewhere(kills: &[Kill], reached: impl Fn(&str) -> u64) -> Vec<Vec<Kill>> {
+    let earlier = kills.iter().map(|kill| match reached(&kill.point) {
+        0 => kill.clone(),
+        times => Kill::new(&kill.point, kill.nth.min(times)),
+    });
+    let mut all = vec![kills.to_vec(), earlier.collect()];
+    all.dedup();
+    all
+}
+
+/// The workload comes to the point of the first death so many times: near to where it was, the last time, the first time.
+/// Each death after that one is counted from it on, so it may be where it was, or the first.
+fn one_after_the_other(first: &Kill, later: &[Kill], reached: u64) -> Vec<Vec<Kill>> {
     let mut nths = vec![first.nth.min(reached), reached, 1.min(reached)];
     nths.dedup();
     let at_once: Vec<_> = later.iter().map(|kill| Kill::new(&kill.point, 1)).collect();
@@ -369,7 +392,7 @@ mod tests {
     fn deaths_go_with_the_workload() {
         let kill = Kill::new;
         let told = |kills: &[Kill], reached| -> Vec<Vec<u64>> {
-            let all = elsewhere(kills, reached);
+            let all = elsewhere(kills, false, |_| reached);
             all.iter()
                 .map(|kills| kills.iter().map(|kill| kill.nth).collect())
                 .collect()
@@ -386,7 +409,28 @@ mod tests {
         );
         let at_once = [kill("write.intent", 5), kill("recover.end", 1)];
         assert_eq!(told(&at_once, 5), [vec![5, 1], vec![1, 1]]);
-        assert_eq!(elsewhere(&two, 3)[0][1].point, "recover.replay");
+        assert_eq!(elsewhere(&two, false, |_| 3)[0][1].point, "recover.replay");
+    }
+
+    #[test]
+    fn many_deaths_go_with_the_workload() {
+        let kill = Kill::new;
+        let many = [kill("write.intent", 5), kill("recover.replay", 4)];
+        let told = |reached| {
+            elsewhere(
+                &many,
+                true,
+                |p| if p == "write.intent" { reached } else { 0 },
+            )
+        };
+        assert_eq!(told(9), [many.to_vec()]);
+        let fewer = vec![kill("write.intent", 3), kill("recover.replay", 4)];
+        assert_eq!(told(3), [many.to_vec(), fewer]);
+        assert_eq!(
+            elsewhere(&many[..1], true, |_| 3).len(),
+            2,
+            "one alone moves as one does"
+        );
     }
 
     #[test]
