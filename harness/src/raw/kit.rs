@@ -34,6 +34,8 @@ pub struct Config {
     /// Flags to return, whether the kernel offered them or not.
     pub flags: u64,
     pub identity: [u64; 2],
+    /// Of the protocol.
+    pub minor: u32,
     pub max_background: u16,
     pub max_readahead: u32,
     pub max_stack_depth: u32,
@@ -54,6 +56,7 @@ impl Default for Config {
                 | init::PARALLEL_DIROPS
                 | init::RESTARTABLE,
             identity: IDENTITY,
+            minor: 40,
             max_background: 12,
             max_readahead: 128 << 10,
             max_stack_depth: 0,
@@ -199,7 +202,7 @@ impl<'a> Kit<'a> {
     pub fn init_out(&self) -> InitOut {
         InitOut {
             major: 7,
-            minor: 40,
+            minor: self.config.minor,
             max_readahead: self.config.max_readahead,
             flags: self.config.flags as u32,
             flags2: (self.config.flags >> 32) as u32,

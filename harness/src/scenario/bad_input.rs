@@ -79,6 +79,11 @@ pub fn scenarios() -> Vec<Scenario> {
             passthrough,
         ),
         Scenario::series(
+            "bad-input/minor",
+            "not granted to a server whose attributes are shorter than what a replay expects",
+            minor,
+        ),
+        Scenario::series(
             "bad-input/io-uring",
             "not granted together with FUSE_OVER_IO_URING",
             io_uring,
@@ -473,13 +478,29 @@ fn io_uring(env: &Env<'_>) -> Result<()> {
 }
 
 fn not_granted(kit: &mut Kit<'_>) -> Result<()> {
+    cannot_be_recovered(kit)?;
+    still_serves(kit)
+}
+
+fn cannot_be_recovered(kit: &Kit<'_>) -> Result<()> {
     ensure!(
         kit.dev.probe() == Errno::EOPNOTSUPP,
         "the probe says {}",
         kit.dev.probe()
     );
-    expect_errno("RESTARTED", kit.dev.restarted(good()), Errno::EOPNOTSUPP)?;
-    still_serves(kit)
+    expect_errno("RESTARTED", kit.dev.restarted(good()), Errno::EOPNOTSUPP)
+}
+
+/// Nothing else is asked of it: what it would have to answer is not what this kit speaks.
+fn minor(env: &Env<'_>) -> Result<()> {
+    let kit = Kit::mount(
+        env,
+        Config {
+            minor: 8,
+            ..Config::default()
+        },
+    )?;
+    cannot_be_recovered(&kit)
 }
 
 fn old_kernel(env: &Env<'_>) -> Result<()> {

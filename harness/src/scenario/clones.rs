@@ -23,6 +23,11 @@ pub fn scenarios() -> Vec<Scenario> {
             closed,
         ),
         Scenario::series(
+            "clones/closed-order",
+            "what was read on a clone that is closed comes to the others in the order in which it was sent",
+            closed_order,
+        ),
+        Scenario::series(
             "clones/open",
             "requests of a clone that stays open are swept as well",
             open,
@@ -82,6 +87,30 @@ fn closed(env: &Env<'_>) -> Result<()> {
     let (mut kit, clone, jobs, old) = two_queues(env)?;
     drop(clone);
     resent_on_main(&mut kit, &jobs, &old)
+}
+
+/// No server dies as a whole.
+fn closed_order(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 2)?;
+    let mut clone = kit.dev.clone_queue().context("FUSE_DEV_IOC_CLONE")?;
+    let (mut jobs, mut sent) = (Vec::new(), Vec::new());
+    for _ in 0..40 {
+        jobs.push(kit.on("stat", "f0", |p| ops::stat(p).map(drop))?);
+        let Read1::Message(m) = clone.read(kit.patience)? else {
+            anyhow::bail!("nothing to read on the clone")
+        };
+        sent.push(m.original());
+    }
+    drop(clone);
+    let mut read = Vec::new();
+    for _ in &sent {
+        let m = kit.next_request()?;
+        read.push(m.original());
+        kit.answer(&m)?;
+    }
+    all_ok(&mut kit, &jobs)?;
+    ensure!(read == sent, "sent as {sent:?}, they came as {read:?}");
+    still_serves(&mut kit)
 }
 
 fn open(env: &Env<'_>) -> Result<()> {

@@ -98,6 +98,9 @@ fn refused(env: &Env<'_>) -> Result<()> {
     let old = kit.until_op(op::GETATTR)?;
     enter(&mut kit, Phase::Refused)?;
     expect_refused(&mut kit)?;
+    let told = kit.conn.recovery()?.context("no recovery file")?;
+    let numbers = (told.get("replayed")?, told.get("revoked")?);
+    ensure!(numbers == (0, 0), "the kernel tells of {numbers:?}");
     ensure!(!app.done(), "the application was told of a refused server");
     let epoch = kit.epoch;
     expect_errno(

@@ -36,6 +36,11 @@ pub fn scenarios() -> Vec<Scenario> {
             held_of_bad,
         ),
         Scenario::series(
+            "late/linked",
+            "attributes that a dead server gave with a new link of a file are not those of the next",
+            linked,
+        ),
+        Scenario::series(
             "late/listing",
             "what a dead server listed does not get into the cache of a directory",
             listing,
@@ -51,6 +56,29 @@ pub fn scenarios() -> Vec<Scenario> {
             reference,
         ),
     ]
+}
+
+/// The inode is counted by then, so the next server is shown it, and nothing else says that the answer is late.
+fn linked(env: &Env<'_>) -> Result<()> {
+    let mut kit = populated(env, 1)?;
+    let fd = open(&mut kit, "f0", OFlag::O_RDONLY)?;
+    kit.settle()?;
+    let trap = Trap::arm("iget_counted")?;
+    let (old, new) = (kit.path("f0"), kit.path("l0"));
+    let app = kit.app("link", move || ops::link(&old, &new))?;
+    kit.serve_until("the answer to LINK", |_| Ok(trap.stopped()))?;
+    kit.recover()?;
+    let file = kit.tree.child(ROOT, "f0").context("f0")?;
+    kit.tree.node_mut(file).data = b"longer than what was there before".to_vec();
+    trap.go();
+    let result = kit.serve(&app)?;
+    ensure!(result == Ok(()), "link gave {result:?}");
+    // Not by its name, of which the server would be asked.
+    let stat = kit.run("fstat", move || ops::fstat_cached(fd))?;
+    let size = stat.context("fstat")?.stx_size;
+    ensure!(size == 33, "f0 has {size} bytes, says a dead server");
+    kit.check_counts()?;
+    still_serves(&mut kit)
 }
 
 /// How the file that has the nodeid by now differs.

@@ -43,6 +43,7 @@ pub mod runner;
 mod stale;
 mod stale_data;
 mod stale_drop;
+mod stale_use;
 mod stale_write;
 mod stock_order;
 mod successor;
@@ -144,7 +145,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 48] = [
+    let families: [fn() -> Vec<Scenario>; 49] = [
         bad_identity::scenarios,
         bad_input::scenarios,
         replay::scenarios,
@@ -178,6 +179,7 @@ fn table() -> Vec<Scenario> {
         stale::scenarios,
         stale_data::scenarios,
         stale_drop::scenarios,
+        stale_use::scenarios,
         stale_write::scenarios,
         survive::scenarios,
         transit::scenarios,

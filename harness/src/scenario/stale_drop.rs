@@ -21,7 +21,7 @@ use crate::raw::msg::Message;
 use crate::raw::ops::{self, Done};
 use crate::raw::trap::Trap;
 use crate::raw::wait::wait_for;
-use crate::raw::wire::{fopen, op, ROOT};
+use crate::raw::wire::{fopen, init, op, ROOT};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![
@@ -43,7 +43,12 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::series(
             "stale-data/direct-read-under-way",
             "what a direct read brings into a mapping of such a file is not lost",
-            direct_read,
+            |env| direct_read(env, 0),
+        ),
+        Scenario::series(
+            "stale-data/direct-read-auto-inval",
+            "nor if the server has said itself that the file was changed",
+            |env| direct_read(env, init::AUTO_INVAL_DATA),
         ),
         Scenario::series(
             "stale-data/direct-read-meanwhile",
@@ -215,8 +220,12 @@ fn into_mapping(
 }
 
 /// f1 past the page cache, f0 through it.
-fn direct_and_cached<'a>(env: &'a Env<'a>, flags: OFlag) -> Result<(Kit<'a>, RawFd, RawFd)> {
-    let mut kit = Kit::granted_with(env, Config::default())?;
+fn direct_and_cached<'a>(
+    env: &'a Env<'a>,
+    flags: OFlag,
+    asked: u64,
+) -> Result<(Kit<'a>, RawFd, RawFd)> {
+    let mut kit = Kit::granted_with(env, Config::with(asked))?;
     populate(&mut kit, 2)?;
     kit.tree.open_flags = fopen::DIRECT_IO;
     let direct = open(&mut kit, "f1", OFlag::O_RDWR)?;
@@ -225,8 +234,8 @@ fn direct_and_cached<'a>(env: &'a Env<'a>, flags: OFlag) -> Result<(Kit<'a>, Raw
     Ok((kit, direct, fd))
 }
 
-fn direct_read(env: &Env<'_>) -> Result<()> {
-    let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR)?;
+fn direct_read(env: &Env<'_>, asked: u64) -> Result<()> {
+    let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR, asked)?;
     let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
     ensure!(first == b"c", "f0 begins with {first:?}");
     let (app, read) = into_mapping(&mut kit, from, at)?;
@@ -251,7 +260,7 @@ fn direct_read(env: &Env<'_>) -> Result<()> {
 /// Who reads directly has dropped what is stale himself, and finds the page that somebody has read again and that the worker is
 /// about to drop once more.
 fn direct_read_meanwhile(env: &Env<'_>) -> Result<()> {
-    let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR)?;
+    let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR, 0)?;
     let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
     ensure!(first == b"c", "f0 begins with {first:?}");
     let _knob = Knob::set(FAULT_AROUND, "4096")?;
@@ -360,7 +369,7 @@ fn mapped_under_way(env: &Env<'_>) -> Result<()> {
 
 /// f1 is written past the cache, from a mapping of f0 that cannot be written to.
 fn direct_write(env: &Env<'_>) -> Result<()> {
-    let (mut kit, to, fd) = direct_and_cached(env, OFlag::O_RDONLY)?;
+    let (mut kit, to, fd) = direct_and_cached(env, OFlag::O_RDONLY, 0)?;
     let (at, first) = map(&mut kit, fd, libc::PROT_READ, 1)?;
     ensure!(first == b"c", "f0 begins with {first:?}");
     let app = kit.app("a direct write", move || {
@@ -400,7 +409,7 @@ pub(super) struct Beside<'a> {
 
 impl<'a> Beside<'a> {
     pub fn a_direct_read(env: &'a Env<'a>) -> Result<Beside<'a>> {
-        let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR)?;
+        let (mut kit, from, fd) = direct_and_cached(env, OFlag::O_RDWR, 0)?;
         let f0 = node(&kit, "f0")?;
         kit.tree.node_mut(f0).data = vec![b'd'; 3 * 4096];
         // The mount knows the new size.

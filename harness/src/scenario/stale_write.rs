@@ -60,12 +60,17 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::series(
             "stale-data/fault-waits",
             "who waits in a fault for what is stale has no lock that others need",
-            |env| fault_waits(env, op::WRITE),
+            |env| fault_waits(env, op::WRITE, false),
+        ),
+        Scenario::series(
+            "stale-data/fault-waits-again",
+            "nor if what was stale had been dropped a moment ago as well",
+            |env| fault_waits(env, op::WRITE, true),
         ),
         Scenario::series(
             "stale-data/fault-reads",
             "nor has he while his page is read again",
-            |env| fault_waits(env, op::READ),
+            |env| fault_waits(env, op::READ, false),
         ),
         Scenario::series(
             "stale-data/short-under-way",
@@ -105,15 +110,15 @@ pub fn scenarios() -> Vec<Scenario> {
     ]
 }
 
-type Synced = App<nix::Result<i32>>;
+pub(super) type Synced = App<nix::Result<i32>>;
 
-fn synced(kit: &mut Kit<'_>, mapped: &Synced) -> Result<()> {
+pub(super) fn synced(kit: &mut Kit<'_>, mapped: &Synced) -> Result<()> {
     let synced = kit.serve(mapped)?;
     ensure!(synced == Ok(0), "sync_file_range gave {synced:?}");
     Ok(())
 }
 
-fn server_has(kit: &mut Kit<'_>, wanted: &str) -> Result<()> {
+pub(super) fn server_has(kit: &mut Kit<'_>, wanted: &str) -> Result<()> {
     let f0 = node(kit, "f0")?;
     let there = String::from_utf8_lossy(&kit.tree.node_mut(f0).data).into_owned();
     ensure!(there == wanted, "the server has {there:?}");
@@ -260,10 +265,17 @@ fn sleeps(tid: i32) -> bool {
 }
 
 /// A thread touches a page that is dirty and stale, and waits for an answer to `opcode`; another one changes the mapping.
-fn fault_waits(env: &Env<'_>, opcode: u32) -> Result<()> {
-    let (mut kit, _) = cached(env, 0)?;
+fn fault_waits(env: &Env<'_>, opcode: u32, again: bool) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
     let f0 = node(&kit, "f0")?;
     let path = kit.path("f0");
+    if again {
+        changed_meanwhile(&mut kit, |kit| kit.tree.node_mut(f0).mtime += 10)?;
+        let page = rare::map_untouched(fd)?;
+        wait_for("f0 to leave the page cache", kit.patience, || {
+            Ok(!rare::in_page_cache(page)?)
+        })?;
+    }
     kit.tree.open_flags |= fopen::NOFLUSH;
     let (done, tell) = nix::unistd::pipe()?;
     let (told, go_on) = nix::unistd::pipe()?;
