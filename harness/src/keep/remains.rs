@@ -10,6 +10,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::{kill, killpg, Signal};
@@ -88,7 +89,7 @@ impl Remains {
         let group_gone = killpg(group, None) == Err(Errno::ESRCH);
         group_gone
             && (childless || !self.subreaper)
-            && !self.cgroup.as_ref().is_some_and(Cgroup::populated)
+            && !self.cgroup.as_ref().is_some_and(|c| populated(&c.dir))
     }
 
     /// Reaps orphans of a server that lives: it may run for years, and they are ours.
@@ -144,10 +145,11 @@ impl Cgroup {
         {
             return Err(missing());
         }
-        let dir = hierarchy
-            .mountpoint
-            .join(below)
-            .join(format!("fuse-restart-{}-{number}", std::process::id()));
+        let ours = hierarchy.mountpoint.join(below);
+        if number == 1 {
+            clear_left(&ours, OLD);
+        }
+        let dir = ours.join(format!("{PREFIX}{}-{number}", std::process::id()));
         fs::create_dir(&dir)?;
         let opened = File::open(&dir);
         if opened.is_err() || !dir.join("cgroup.kill").exists() {
@@ -166,11 +168,6 @@ impl Cgroup {
             .write_all(b"1")
     }
 
-    fn populated(&self) -> bool {
-        fs::read_to_string(self.dir.join("cgroup.events"))
-            .is_ok_and(|t| t.lines().any(|l| l == "populated 1"))
-    }
-
     fn pids(&self) -> Vec<Pid> {
         let text = fs::read_to_string(self.dir.join("cgroup.procs")).unwrap_or_default();
         text.lines()
@@ -183,6 +180,37 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         remove_groups(&self.dir);
+    }
+}
+
+fn populated(group: &Path) -> bool {
+    fs::read_to_string(group.join("cgroup.events"))
+        .is_ok_and(|t| t.lines().any(|l| l == "populated 1"))
+}
+
+/// Of a keeper; its pid and a number follow.
+const PREFIX: &str = "fuse-restart-";
+/// A keeper whose pid we do not see, in a container, may have made its group just now, for a server that is about to be
+/// born there.
+const OLD: Duration = Duration::from_secs(60);
+
+/// Removes the groups of keepers that were killed, if there is no process in them.
+fn clear_left(beside: &Path, older: Duration) {
+    let entries = fs::read_dir(beside).into_iter().flatten().flatten();
+    for entry in entries {
+        let name = entry.file_name();
+        let keeper = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX)?.split('-').next()?.parse().ok());
+        let Some(keeper) = keeper.map(Pid::from_raw) else {
+            continue;
+        };
+        let age = entry.metadata().and_then(|m| m.modified());
+        let old = age.is_ok_and(|at| at.elapsed().is_ok_and(|age| age >= older));
+        let dead = keeper.as_raw() > 0 && kill(keeper, None) == Err(Errno::ESRCH);
+        if old && dead && !populated(&entry.path()) {
+            remove_groups(&entry.path());
+        }
     }
 }
 
@@ -215,6 +243,40 @@ fn is_our_child(pid: &Pid) -> bool {
 mod tests {
     use super::*;
     use std::process::Command;
+
+    #[test]
+    fn groups_of_dead_keepers_are_removed_and_no_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let of = |pid: u32| dir.path().join(format!("{PREFIX}{pid}-1"));
+        let mut dead = Command::new("true").spawn().unwrap();
+        let gone = of(dead.id());
+        dead.wait().unwrap();
+        let inner = gone.join(format!("{PREFIX}1-7"));
+        fs::create_dir_all(&inner).unwrap();
+        let others = [
+            of(child.id()),
+            of(0),
+            dir.path().join("fuse-restart-x-1"),
+            dir.path().join("user.slice"),
+        ];
+        for other in &others {
+            fs::create_dir(other).unwrap();
+        }
+        clear_left(dir.path(), OLD);
+        assert!(inner.exists(), "it may be new");
+        fs::write(gone.join("cgroup.events"), "populated 1\n").unwrap();
+        clear_left(dir.path(), Duration::ZERO);
+        assert!(inner.exists(), "there is a process in it");
+        fs::remove_file(gone.join("cgroup.events")).unwrap();
+        clear_left(dir.path(), Duration::ZERO);
+        assert!(!gone.exists());
+        for other in &others {
+            assert!(other.exists(), "{}", other.display());
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 
     #[test]
     fn a_child_is_known_until_it_is_reaped() {
