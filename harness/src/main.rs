@@ -6,6 +6,7 @@ mod cli;
 mod crash;
 mod crash_points;
 mod demo;
+mod earlier;
 mod fusectl;
 mod fuzz;
 mod keep;

@@ -4,11 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::cells::Expected;
 use super::plan::{Case, Group, Kill};
+use crate::earlier::{self, Of};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -118,32 +119,17 @@ pub fn write(results: &impl Serialize, path: &Path) -> Result<()> {
 impl Tally {
     /// Goes on with what an earlier run has left.
     pub fn resume(path: &Path, new: &Tally) -> Result<Tally> {
-        let shown = path.display();
-        let text = std::fs::read(path).with_context(|| format!("cannot read {shown}"))?;
-        let old: Tally = serde_json::from_slice(&text)
-            .with_context(|| format!("{shown} is no result of fuse-restart crash"))?;
-        ensure!(
-            old.kernel == new.kernel,
-            "{shown} is of the kernel {}; this one is {}: go on with it there, or begin anew",
-            old.kernel,
-            new.kernel
-        );
-        ensure!(
-            old.build == new.build,
-            "{shown} is of another build of the kernel or of this program ({}; now {}): what differs between them would \
-             be lost in the sum; begin anew",
-            old.build,
-            new.build
-        );
-        ensure!(
-            (old.seed, &old.mode) == (new.seed, &new.mode),
-            "{shown} is of seed {} and mode {:?}; this run is of seed {} and mode {:?}: give the same",
-            old.seed,
-            old.mode,
-            new.seed,
-            new.mode
-        );
+        let old: Tally = earlier::read(path, "crash")?;
+        earlier::ensure_same(path, &old.of(), &new.of())?;
         Ok(old)
+    }
+
+    fn of(&self) -> Of<'_> {
+        Of {
+            kernel: &self.kernel,
+            build: &self.build,
+            asked: format!("seed {} and mode {:?}", self.seed, self.mode),
+        }
     }
 
     pub fn write(&self, path: &Path) -> Result<()> {

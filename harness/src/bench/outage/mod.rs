@@ -12,9 +12,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::earlier::{self, Of};
 use crate::raw::env::Env;
 use crate::scenario::runner::{catch_signals, interrupted};
 use mounted::Mounted;
@@ -87,6 +88,16 @@ struct Results {
     inodes: BTreeMap<u64, Series>,
 }
 
+impl Results {
+    fn of(&self) -> Of<'_> {
+        Of {
+            kernel: &self.kernel,
+            build: &self.build,
+            asked: format!("{} threads", self.threads),
+        }
+    }
+}
+
 pub fn run(args: &Args, env: &Env<'_>) -> Result<()> {
     ensure!(
         args.crashes > 0 && !args.inodes.is_empty() && args.inodes.iter().all(|n| *n > 0),
@@ -101,20 +112,9 @@ pub fn run(args: &Args, env: &Env<'_>) -> Result<()> {
         inodes: BTreeMap::new(),
     };
     if let Some(path) = &args.resume {
-        let text = std::fs::read(path).with_context(|| format!("{}", path.display()))?;
-        let earlier: Results =
-            serde_json::from_slice(&text).with_context(|| format!("{}", path.display()))?;
-        ensure!(
-            (&earlier.kernel, &earlier.build, earlier.threads)
-                == (&results.kernel, &results.build, results.threads),
-            "{} is of kernel {} and {} threads, or of another build of kernel or program ({}; now {})",
-            path.display(),
-            earlier.kernel,
-            earlier.threads,
-            earlier.build,
-            results.build
-        );
-        results = earlier;
+        let old: Results = earlier::read(path, "bench outage")?;
+        earlier::ensure_same(path, &old.of(), &results.of())?;
+        results = old;
     }
     println!(
         "kernel {}, {} processors, {} threads; milliseconds",

@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::case::{Case, Kills, Outcome};
+use crate::earlier::{self, Of};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
@@ -26,6 +27,19 @@ pub struct Run {
     pub processes: usize,
     /// Of each process.
     pub calls: usize,
+}
+
+impl Run {
+    fn of(&self) -> Of<'_> {
+        Of {
+            kernel: &self.kernel,
+            build: &self.build,
+            asked: format!(
+                "seed {}, {}, {} processes with {} operations",
+                self.seed, self.mode, self.processes, self.calls
+            ),
+        }
+    }
 }
 
 /// What is written as JSON.
@@ -58,30 +72,8 @@ pub struct Results {
 impl Results {
     /// Goes on with what an earlier run has left.
     pub fn resume(path: &Path, run: &Run) -> Result<Results> {
-        let shown = path.display();
-        let text = std::fs::read(path).with_context(|| format!("cannot read {shown}"))?;
-        let old: Results = serde_json::from_slice(&text)
-            .with_context(|| format!("{shown} is no result of fuse-restart race"))?;
-        ensure!(
-            (&old.run.kernel, &old.run.build) == (&run.kernel, &run.build),
-            "{shown} is of kernel {}, or of another build of kernel or program ({}; now {} and {}): begin anew",
-            old.run.kernel,
-            old.run.build,
-            run.kernel,
-            run.build
-        );
-        let asked = |run: &Run| {
-            format!(
-                "seed {}, {}, {} processes with {} operations",
-                run.seed, run.mode, run.processes, run.calls
-            )
-        };
-        ensure!(
-            old.run == *run,
-            "{shown} is of {}; this run is of {}: give the same",
-            asked(&old.run),
-            asked(run)
-        );
+        let old: Results = earlier::read(path, "race")?;
+        earlier::ensure_same(path, &old.run.of(), &run.of())?;
         Ok(old)
     }
 
