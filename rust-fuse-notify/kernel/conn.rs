@@ -90,6 +90,22 @@ impl Mounted {
     }
 }
 
+/// Proof that nobody else works on the recovery.
+///
+/// There is one for each `struct fuse_restart`. The engine has it, under its lock.
+pub(super) struct Alone(());
+
+impl Alone {
+    /// Creates the proof.
+    ///
+    /// # Safety
+    ///
+    /// It must be the only one for its `struct fuse_restart`, as long as it exists.
+    pub(super) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
 /// A handle to the C half of a recovery.
 ///
 /// # Invariants
@@ -102,7 +118,8 @@ pub(super) struct Restart {
     fch: *mut bindings::fuse_chan,
 }
 
-// SAFETY: The C functions that are called with the pointers take locks of their own.
+// SAFETY: The C functions that are called with the pointers take locks of their own; for those that
+// need more than that it takes an `Alone`.
 unsafe impl Send for Restart {}
 
 // SAFETY: As above.
@@ -197,30 +214,36 @@ impl Restart {
     }
 
     /// Limits the time of a recovery, unless it is limited already.
-    pub(super) fn arm(self) {
-        // SAFETY: By the type invariants.
+    pub(super) fn arm(self, _: &mut Alone) {
+        // SAFETY: By the type invariants; nobody else is in there.
         unsafe { bindings::fuse_restart_arm(self.r) };
     }
 
     /// Takes the limit away.
-    pub(super) fn disarm(self) {
-        // SAFETY: By the type invariants.
+    pub(super) fn disarm(self, _: &mut Alone) {
+        // SAFETY: By the type invariants; nobody else is in there.
         unsafe { bindings::fuse_restart_disarm(self.r) };
     }
 
     /// Gets the root inode.
-    pub(super) fn root(self, _: &Mounted, epoch: u32) -> Option<InodeRef> {
-        // SAFETY: By the type invariants; the superblock is there.
+    pub(super) fn root(self, _: &mut Alone, _: &Mounted, epoch: u32) -> Option<InodeRef> {
+        // SAFETY: By the type invariants; the superblock is there, and nobody else in there.
         let inode = unsafe { bindings::fuse_restart_root(self.r, epoch) };
         // SAFETY: If it is not null then a reference came with it.
         unsafe { InodeRef::from_raw(self, inode) }
     }
 
     /// Gets the inode after `last` that is to be replayed in `epoch`.
-    pub(super) fn next(self, _: &Mounted, last: Option<&InodeRef>, epoch: u32) -> Option<InodeRef> {
+    pub(super) fn next(
+        self,
+        _: &mut Alone,
+        _: &Mounted,
+        last: Option<&InodeRef>,
+        epoch: u32,
+    ) -> Option<InodeRef> {
         let last = last.map_or(core::ptr::null_mut(), InodeRef::as_ptr);
-        // SAFETY: By the type invariants; the superblock is there, and `last` is null or
-        // referenced, so still in its list.
+        // SAFETY: By the type invariants; the superblock is there, nobody else is in there, and
+        // `last` is null or referenced, so still in its list.
         let inode = unsafe { bindings::fuse_restart_next(self.r, last, epoch) };
         // SAFETY: If it is not null then a reference came with it.
         unsafe { InodeRef::from_raw(self, inode) }
@@ -233,8 +256,8 @@ impl Restart {
     }
 
     /// Revokes what is to be revoked.
-    pub(super) fn release(self, epoch: u32) {
-        // SAFETY: By the type invariants.
+    pub(super) fn release(self, _: &mut Alone, epoch: u32) {
+        // SAFETY: By the type invariants; nobody else is in there.
         unsafe { bindings::fuse_restart_release(self.r, epoch) };
     }
 

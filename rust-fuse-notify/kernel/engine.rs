@@ -11,7 +11,7 @@
 //! of the list of inodes. `end()` of the engine's requests takes no lock.
 
 use super::{
-    conn::{name, now, Mounted, Restart},
+    conn::{name, now, Alone, Mounted, Restart},
     flight::{shown, Berth, Replay, Report},
     inode::{Claim, InodeRef},
     proto::{
@@ -58,6 +58,7 @@ struct State {
     sent: KVec<Option<Sent>>,
     /// The inode up to which the walk has come.
     place: Option<InodeRef>,
+    alone: Alone,
     /// An inode that could not be sent for lack of memory.
     unsent: Option<InodeRef>,
     walked: bool,
@@ -79,7 +80,11 @@ pub(super) struct Engine {
 
 impl Engine {
     /// Creates the engine of a connection whose file system has this identity.
-    pub(super) fn new(restart: Restart, identity: [u64; 2]) -> Result<Pin<KBox<Self>>> {
+    pub(super) fn new(
+        restart: Restart,
+        alone: Alone,
+        identity: [u64; 2],
+    ) -> Result<Pin<KBox<Self>>> {
         let mut slots = KVec::with_capacity(SLOTS, GFP_KERNEL_ACCOUNT)?;
         let mut sent = KVec::with_capacity(SLOTS, GFP_KERNEL_ACCOUNT)?;
         for _ in 0..SLOTS {
@@ -93,6 +98,7 @@ impl Engine {
             report: Berth::new(restart)?,
             sent,
             place: None,
+            alone,
             unsent: None,
             walked: false,
             cookie: 0,
@@ -151,7 +157,7 @@ impl Engine {
         state.cookie = cookie;
         state.tally = Tally::default();
         state.since = began;
-        self.restart.arm();
+        self.restart.arm(&mut state.alone);
         Ok(())
     }
 
@@ -221,7 +227,10 @@ impl Engine {
             state.totals.void += 1;
             return;
         }
-        state.tally.count(verdict);
+        // Nothing is revoked if it does not even know the root.
+        if verdict == Verdict::Confirmed || !sent.is_root {
+            state.tally.count(verdict);
+        }
         if verdict == Verdict::Confirmed {
             sent.inode.confirm(sent.epoch, attr);
         } else if !sent.is_root {
@@ -246,7 +255,7 @@ impl Engine {
             return;
         }
         let epoch = state.machine.epoch();
-        let Some(root) = self.restart.root(mounted, epoch) else {
+        let Some(root) = self.restart.root(&mut state.alone, mounted, epoch) else {
             return;
         };
         if self.send(state, root, true) {
@@ -264,7 +273,8 @@ impl Engine {
             let next = match state.unsent.take() {
                 Some(inode) => Some(inode),
                 None => {
-                    let next = self.restart.next(mounted, state.place.as_ref(), epoch);
+                    let (alone, last) = (&mut state.alone, state.place.as_ref());
+                    let next = self.restart.next(alone, mounted, last, epoch);
                     state.place = next.as_ref().map(InodeRef::duplicate);
                     next
                 }
@@ -335,7 +345,7 @@ impl Engine {
     fn release(&self, state: &mut State) {
         let epoch = state.machine.epoch();
         state.place = None;
-        self.restart.release(epoch);
+        self.restart.release(&mut state.alone, epoch);
         // It fails only if the connection is gone, and then the engine was kicked.
         let Some(resent) = self.restart.unhold(epoch) else {
             return;
@@ -344,7 +354,7 @@ impl Engine {
         state.tally.release_ns = lap(&mut state.since);
         state.totals.add(&state.tally, true);
         state.machine.released();
-        self.restart.disarm();
+        self.restart.disarm(&mut state.alone);
         self.restart.teardown();
     }
 
@@ -355,21 +365,27 @@ impl Engine {
             self.restart.teardown();
             return;
         }
-        if state.machine.phase() != Phase::Serving {
-            state.totals.add(&state.tally, false);
-        }
-        state.machine.end();
+        Self::give_up(state);
         state.place = None;
         state.unsent = None;
         self.restart.trace_phase(state.machine.epoch(), Phase::Gone);
-        self.restart.disarm();
+        self.restart.disarm(&mut state.alone);
         self.restart.reset();
         self.restart.teardown();
     }
 
     /// Ends any recovery for good. References are kept until [`Engine::drop_inodes`].
     pub(super) fn end(&self) {
-        self.state.lock().machine.end();
+        let mut guard = self.state.lock();
+        Self::give_up(&mut guard);
+    }
+
+    /// Ends the recovery that is under way, if one is.
+    fn give_up(state: &mut State) {
+        if !matches!(state.machine.phase(), Phase::Serving | Phase::Gone) {
+            state.totals.add(&state.tally, false);
+        }
+        state.machine.end();
     }
 
     /// Whether a recovery is under way.

@@ -53,7 +53,7 @@ const LANDED: u32 = 3;
 ///
 /// [`Kind::describe`] must set up arguments that point to this object only, and no longer than it
 /// is.
-pub(super) unsafe trait Kind: Default {
+pub(super) unsafe trait Kind: Default + Send {
     /// Sets up `args` for this object.
     fn describe(&mut self, args: &mut bindings::fuse_args);
 }

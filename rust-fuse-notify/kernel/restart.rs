@@ -32,7 +32,7 @@ mod flight;
 mod inode;
 pub mod proto;
 
-use conn::{Mounted, Restart};
+use conn::{Alone, Mounted, Restart};
 use engine::Engine;
 
 const __LOG_PREFIX: &[u8] = b"fuse\0";
@@ -55,8 +55,8 @@ unsafe fn borrow<'a>(engine: *mut c_void) -> Pin<&'a Engine> {
 ///
 /// # Safety
 ///
-/// `r` must stay valid until [`fuse_restart_engine_free`] returns; `identity` must point to two
-/// numbers.
+/// `r` must stay valid until [`fuse_restart_engine_free`] returns, and have no other engine;
+/// `identity` must point to two numbers.
 #[export]
 pub unsafe extern "C" fn fuse_restart_engine_new(
     r: *mut bindings::fuse_restart,
@@ -64,9 +64,9 @@ pub unsafe extern "C" fn fuse_restart_engine_new(
 ) -> *mut c_void {
     // SAFETY: By the requirements of this function.
     let identity = unsafe { *identity.cast::<[u64; 2]>() };
-    // SAFETY: By the requirements of this function it outlives the engine.
-    let restart = unsafe { Restart::new(r) };
-    match Engine::new(restart, identity) {
+    // SAFETY: By the requirements of this function it outlives the engine, and has no other one.
+    let (restart, alone) = unsafe { (Restart::new(r), Alone::new()) };
+    match Engine::new(restart, alone, identity) {
         Ok(engine) => engine.into_foreign(),
         Err(_) => core::ptr::null_mut(),
     }
