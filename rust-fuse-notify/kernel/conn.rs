@@ -250,8 +250,8 @@ impl Restart {
     }
 
     /// Forgets revocations that were not committed.
-    pub(super) fn reset(self) {
-        // SAFETY: By the type invariants.
+    pub(super) fn reset(self, _: &mut Alone) {
+        // SAFETY: By the type invariants; nobody else is in there.
         unsafe { bindings::fuse_restart_reset(self.r) };
     }
 

@@ -148,7 +148,7 @@ impl Engine {
         // What the server before this one confirmed or not is void, if it did not commit.
         if state.machine.phase() != Phase::Serving {
             state.totals.add(&state.tally, false);
-            self.restart.reset();
+            self.restart.reset(&mut state.alone);
         }
         state.machine.restarted(epoch)?;
         state.place = None;
@@ -370,7 +370,7 @@ impl Engine {
         state.unsent = None;
         self.restart.trace_phase(state.machine.epoch(), Phase::Gone);
         self.restart.disarm(&mut state.alone);
-        self.restart.reset();
+        self.restart.reset(&mut state.alone);
         self.restart.teardown();
     }
 

@@ -220,7 +220,7 @@ fn into_mapping(
 }
 
 /// f1 past the page cache, f0 through it.
-fn direct_and_cached<'a>(
+pub(super) fn direct_and_cached<'a>(
     env: &'a Env<'a>,
     flags: OFlag,
     asked: u64,

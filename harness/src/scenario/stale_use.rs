@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Reads, faults and writes at the moment at which the data of a file changes (of the family `stale-data`).
 
+use std::time::Instant;
+
 use anyhow::{ensure, Result};
 use nix::fcntl::OFlag;
 
-use super::help::expect_resent;
+use super::help::{expect_resent, still_serves};
 use super::kill::dies;
 use super::lost::{node, Staged};
 use super::stale::changed_meanwhile;
 use super::stale_data::cached;
-use super::stale_drop::{crash_in_write, map, reads, store_and_sync};
+use super::stale_drop::{crash_in_write, direct_and_cached, map, reads, store_and_sync};
 use super::stale_write::{server_has, synced};
 use super::Scenario;
 use crate::raw::env::Env;
@@ -30,6 +32,16 @@ pub fn scenarios() -> Vec<Scenario> {
             "stale-data/truncated-under-way",
             "what is written is not zeroes because the file was truncated before the WRITE is read",
             truncated,
+        ),
+        Scenario::series(
+            "stale-data/told-under-way",
+            "but whatever else a server says of a file is heard while a write is under way",
+            told,
+        ),
+        Scenario::series(
+            "stale-data/in-use",
+            "what stayed because it was in use goes when it is not, also if nobody reads the file",
+            in_use,
         ),
         Scenario::series(
             "stale-data/unread-under-way",
@@ -103,6 +115,64 @@ fn truncated(env: &Env<'_>) -> Result<()> {
     ensure!(wrote == Ok(3), "the write gave {wrote:?}");
     server_has(&mut kit, "cont\0\0XYZ")?;
     reads(&mut kit, fd, 0, b"cont\0\0XYZ")
+}
+
+/// No server dies. Somebody else appends to the file.
+fn told(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, b"XYZ", 6))?;
+    let write = kit.until_op(op::WRITE)?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).data.extend_from_slice(b", another's");
+    let asked = kit.run("fstat", move || ops::fstat(fd))?;
+    ensure!(asked.is_ok(), "fstat gave {:?}", asked.err());
+    kit.served.clear();
+    let size = kit.run("fstat", move || ops::fstat_cached(fd))??.stx_size;
+    ensure!(
+        size == 23 && kit.served.is_empty(),
+        "f0 has {size} bytes; {} requests",
+        kit.served.len()
+    );
+    kit.answer(&write)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(3), "the write gave {wrote:?}");
+    reads(&mut kit, fd, 0, b"contenXYZf 0, another's")
+}
+
+/// f1 is written past the cache, from a mapping of f0 that can be written to, and that somebody looks at meanwhile.
+fn in_use(env: &Env<'_>) -> Result<()> {
+    let (mut kit, to, fd) = direct_and_cached(env, OFlag::O_RDWR, 0)?;
+    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    ensure!(first == b"c", "f0 begins with {first:?}");
+    let look = move || {
+        // SAFETY: mapped, and the file is not empty.
+        unsafe { (at as *const u8).read_volatile() }
+    };
+    let app = kit.app("a direct write", move || {
+        // SAFETY: the mapping is longer than that.
+        let put = unsafe { libc::pwrite(to, at as *const libc::c_void, 12, 0) };
+        nix::errno::Errno::result(put)
+    })?;
+    let old = kit.until_op(op::WRITE)?;
+    let f0 = node(&kit, "f0")?;
+    let file = kit.tree.node_mut(f0);
+    (file.data, file.mtime) = (b"Content of 0".to_vec(), file.mtime + 10);
+    kit.recover()?;
+    let write = kit.next_request()?;
+    expect_resent(&kit, &old, &write)?;
+    ensure!(kit.run("a look", look)? == b'c', "it was not in use");
+    kit.answer(&write)?;
+    let put = kit.serve(&app)?;
+    ensure!(put == Ok(12), "the direct write gave {put:?}");
+    let start = Instant::now();
+    while kit.run("another look", look)? != b'C' {
+        ensure!(
+            start.elapsed() < kit.patience,
+            "the mapping still shows what was there before"
+        );
+    }
+    kit.check_counts()?;
+    still_serves(&mut kit)
 }
 
 /// The WRITE was executed, undone by the write-back of a page that came back too early, and is to be sent once more. Its page
