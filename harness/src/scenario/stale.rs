@@ -383,12 +383,23 @@ fn late(env: &Env<'_>, change: bool) -> Result<()> {
     skip("the application was never late")
 }
 
+/// What keeps an application from its answer: a trap, or nothing better than the want of a processor.
+enum Kept {
+    Trapped(Trap),
+    Starved(#[allow(dead_code)] Starved),
+}
+
 /// False if the application was not late, which shows nothing.
 fn late_once(env: &Env<'_>, change: bool) -> Result<bool> {
     let mut kit = super::help::populated(env, 1)?;
     let file = node(&kit, "f0")?;
     let fd = open(&mut kit, "f0", OFlag::O_RDONLY)?;
     kit.settle()?;
+    let trap = Trap::arm_if_any(if change {
+        "setattr_answered"
+    } else {
+        "getattr_answered"
+    })?;
     let app = kit.app("fchmod or fstat", move || {
         if change {
             rare::fchmod(fd, 0o640)
@@ -397,14 +408,20 @@ fn late_once(env: &Env<'_>, change: bool) -> Result<bool> {
         }
     })?;
     let m = kit.until_op(if change { op::SETATTR } else { op::GETATTR })?;
-    let starved = Starved::on_last_cpu(app.tid)?;
+    let kept = match trap {
+        Some(trap) => Kept::Trapped(trap),
+        None => Kept::Starved(Starved::on_last_cpu(app.tid)?),
+    };
     kit.answer(&m)?;
+    if let Kept::Trapped(trap) = &kept {
+        trap.wait(kit.patience)?;
+    }
     kit.restarted()?;
     kit.tree.node_mut(file).mode = S_IFREG | 0o604;
     let recovered = kit.answer_replays(&mut |_, _| None)?;
     kit.commit(&recovered)?;
     let early = app.done();
-    drop(starved);
+    drop(kept);
     if early {
         return Ok(false);
     }

@@ -133,6 +133,8 @@ pub(super) fn reads(kit: &mut Kit<'_>, fd: RawFd, at: i64, wanted: &[u8]) -> Res
 
 fn overwrite(env: &Env<'_>) -> Result<()> {
     let (mut kit, fd) = cached(env, 0)?;
+    // Or what came back too early is dropped once more.
+    let _late = Trap::arm_if_any("teardown")?;
     let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
     let write = crash_in_write(&mut kit)?;
     read_first(&mut kit, fd, &write, &app)?;
@@ -165,6 +167,7 @@ fn write_begun(env: &Env<'_>) -> Result<()> {
 
 fn append(env: &Env<'_>) -> Result<()> {
     let (mut kit, fd) = cached(env, 0)?;
+    let _late = Trap::arm_if_any("teardown")?;
     let app = kit.app("a write", move || ops::pwrite(fd, b", and more", 12))?;
     let write = crash_in_write(&mut kit)?;
     read_first(&mut kit, fd, &write, &app)?;
