@@ -40,6 +40,16 @@ impl Trap {
         Ok(Trap { name, path })
     }
 
+    /// What takes long is left to kernels with traps.
+    pub fn if_any_is_there(why: &str) -> Result<()> {
+        match fs::metadata(PATH) {
+            Ok(_) => Ok(()),
+            Err(_) => skip(format!(
+                "{why}, and this kernel has no traps (--kernel mutants has)"
+            )),
+        }
+    }
+
     /// The same, where a kernel without traps shows enough.
     pub fn arm_if_any(name: &'static str) -> Result<Option<Trap>> {
         if fs::metadata(PATH).is_err() {

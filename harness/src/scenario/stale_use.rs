@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Reads, faults and writes at the moment at which the data of a file changes (of the family `stale-data`).
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Result};
 use nix::fcntl::OFlag;
@@ -19,7 +19,7 @@ use crate::raw::ops;
 use crate::raw::rare;
 use crate::raw::trap::Trap;
 use crate::raw::tree::Answer;
-use crate::raw::wire::{fopen, op};
+use crate::raw::wire::{fopen, init, op};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![
@@ -41,7 +41,17 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::series(
             "stale-data/in-use",
             "what stayed because it was in use goes when it is not, also if nobody reads the file",
-            in_use,
+            |env| in_use(env, false),
+        ),
+        Scenario::series(
+            "stale-data/in-use-auto-inval",
+            "also if it is a server that serves who says that the file was changed",
+            |env| in_use(env, true),
+        ),
+        Scenario::series(
+            "stale-data/truncated-beside",
+            "what is behind the size that a file had for a while is not what it was, also if that size is not heard",
+            truncated_beside,
         ),
         Scenario::series(
             "stale-data/unread-under-way",
@@ -139,9 +149,30 @@ fn told(env: &Env<'_>) -> Result<()> {
     reads(&mut kit, fd, 0, b"contenXYZf 0, another's")
 }
 
+/// No server dies. The file was truncated by somebody else, and the WRITE makes it as long as it was.
+fn truncated_beside(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).data = vec![b'd'; 2 * 4096];
+    // The mount knows the new size, and has read it all.
+    ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
+    kit.run("pread", move || ops::pread(fd, 2 * 4096, 0))??;
+    kit.settle()?;
+    let app = kit.app("a write", move || ops::pwrite(fd, &[b'X'; 4096], 4096))?;
+    let write = kit.until_op(op::WRITE)?;
+    kit.tree.node_mut(f0).data.truncate(2048);
+    ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
+    kit.answer(&write)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(4096), "the write gave {wrote:?}");
+    reads(&mut kit, fd, 4000, &[[0; 96].as_slice(), b"XXXX"].concat())
+}
+
 /// f1 is written past the cache, from a mapping of f0 that can be written to, and that somebody looks at meanwhile.
-fn in_use(env: &Env<'_>) -> Result<()> {
-    let (mut kit, to, fd) = direct_and_cached(env, OFlag::O_RDWR, 0)?;
+fn in_use(env: &Env<'_>, serves: bool) -> Result<()> {
+    Trap::if_any_is_there("it takes ten seconds")?;
+    let asked = if serves { init::AUTO_INVAL_DATA } else { 0 };
+    let (mut kit, to, fd) = direct_and_cached(env, OFlag::O_RDWR, asked)?;
     let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
     ensure!(first == b"c", "f0 begins with {first:?}");
     let look = move || {
@@ -157,9 +188,16 @@ fn in_use(env: &Env<'_>) -> Result<()> {
     let f0 = node(&kit, "f0")?;
     let file = kit.tree.node_mut(f0);
     (file.data, file.mtime) = (b"Content of 0".to_vec(), file.mtime + 10);
-    kit.recover()?;
-    let write = kit.next_request()?;
-    expect_resent(&kit, &old, &write)?;
+    let write = if serves {
+        let stat = kit.run("fstat", move || ops::fstat(fd))?;
+        ensure!(stat.is_ok(), "fstat gave {:?}", stat.err());
+        old
+    } else {
+        kit.recover()?;
+        let write = kit.next_request()?;
+        expect_resent(&kit, &old, &write)?;
+        write
+    };
     ensure!(kit.run("a look", look)? == b'c', "it was not in use");
     kit.answer(&write)?;
     let put = kit.serve(&app)?;
@@ -167,7 +205,7 @@ fn in_use(env: &Env<'_>) -> Result<()> {
     let start = Instant::now();
     while kit.run("another look", look)? != b'C' {
         ensure!(
-            start.elapsed() < kit.patience,
+            start.elapsed() < Duration::from_secs(20) + kit.patience,
             "the mapping still shows what was there before"
         );
     }
