@@ -370,20 +370,30 @@ fn mapped_under_way(env: &Env<'_>) -> Result<()> {
     reads(&mut kit, fd, 0, b"CXntent of 0")
 }
 
-/// f1 is written past the cache, from a mapping of f0 that cannot be written to.
-fn direct_write(env: &Env<'_>) -> Result<()> {
-    let (mut kit, to, fd) = direct_and_cached(env, OFlag::O_RDONLY, 0)?;
-    let (at, first) = map(&mut kit, fd, libc::PROT_READ, 1)?;
-    ensure!(first == b"c", "f0 begins with {first:?}");
+/// f1 is written past the cache, from a mapping of f0, which is changed meanwhile. The WRITE.
+pub(super) fn from_mapping(
+    kit: &mut Kit<'_>,
+    to: RawFd,
+    at: usize,
+) -> Result<(App<nix::Result<isize>>, Message)> {
     let app = kit.app("a direct write", move || {
         // SAFETY: the mapping is longer than that.
         let put = unsafe { libc::pwrite(to, at as *const libc::c_void, 12, 0) };
         nix::errno::Errno::result(put)
     })?;
     let old = kit.until_op(op::WRITE)?;
-    let f0 = node(&kit, "f0")?;
+    let f0 = node(kit, "f0")?;
     let file = kit.tree.node_mut(f0);
     (file.data, file.mtime) = (b"Content of 0".to_vec(), file.mtime + 10);
+    Ok((app, old))
+}
+
+/// f1 is written past the cache, from a mapping of f0 that cannot be written to.
+fn direct_write(env: &Env<'_>) -> Result<()> {
+    let (mut kit, to, fd) = direct_and_cached(env, OFlag::O_RDONLY, 0)?;
+    let (at, first) = map(&mut kit, fd, libc::PROT_READ, 1)?;
+    ensure!(first == b"c", "f0 begins with {first:?}");
+    let (app, old) = from_mapping(&mut kit, to, at)?;
     kit.recover()?;
     let write = kit.next_request()?;
     expect_resent(&kit, &old, &write)?;

@@ -11,8 +11,8 @@ use super::kill::dies;
 use super::lost::{node, Staged};
 use super::stale::changed_meanwhile;
 use super::stale_data::cached;
-use super::stale_drop::{crash_in_write, direct_and_cached, map, reads, store_and_sync};
-use super::stale_write::{server_has, synced};
+use super::stale_drop::{direct_and_cached, from_mapping, map, reads};
+use super::stale_write::{evict, server_has, Undone};
 use super::Scenario;
 use crate::raw::env::Env;
 use crate::raw::ops;
@@ -179,15 +179,7 @@ fn in_use(env: &Env<'_>, serves: bool) -> Result<()> {
         // SAFETY: mapped, and the file is not empty.
         unsafe { (at as *const u8).read_volatile() }
     };
-    let app = kit.app("a direct write", move || {
-        // SAFETY: the mapping is longer than that.
-        let put = unsafe { libc::pwrite(to, at as *const libc::c_void, 12, 0) };
-        nix::errno::Errno::result(put)
-    })?;
-    let old = kit.until_op(op::WRITE)?;
-    let f0 = node(&kit, "f0")?;
-    let file = kit.tree.node_mut(f0);
-    (file.data, file.mtime) = (b"Content of 0".to_vec(), file.mtime + 10);
+    let (app, old) = from_mapping(&mut kit, to, at)?;
     let write = if serves {
         let stat = kit.run("fstat", move || ops::fstat(fd))?;
         ensure!(stat.is_ok(), "fstat gave {:?}", stat.err());
@@ -216,22 +208,15 @@ fn in_use(env: &Env<'_>, serves: bool) -> Result<()> {
 /// The WRITE was executed, undone by the write-back of a page that came back too early, and is to be sent once more. Its page
 /// is in the cache, but a READ has failed, and the next one brings back what the server has by then.
 fn unread(env: &Env<'_>) -> Result<()> {
-    let (mut kit, fd) = cached(env, 0)?;
-    let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
-    let write = crash_in_write(&mut kit)?;
-    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
-    ensure!(first == b"c", "before the WRITE f0 begins with {first:?}");
-    let mapped = store_and_sync(&mut kit, fd, at)?;
-    let whole = kit.until_op(op::WRITE)?;
-    let answer = kit.tree.apply(&write)?;
-    kit.answer(&whole)?;
-    synced(&mut kit, &mapped)?;
-    kit.run("munmap, and fadvise", move || {
-        // SAFETY: nobody uses that mapping any more.
-        unsafe { libc::munmap(at as *mut libc::c_void, 3 * 4096) };
-        // SAFETY: plain numbers.
-        unsafe { libc::posix_fadvise(fd, 0, 0, libc::POSIX_FADV_DONTNEED) }
-    })?;
+    let Undone {
+        mut kit,
+        fd,
+        at,
+        app,
+        write,
+        answer,
+    } = Undone::by_write_back(env)?;
+    evict(&mut kit, fd, at)?;
     let failed = kit.app("a read that fails", move || ops::pread(fd, 12, 0))?;
     while !failed.done() {
         if kit.readable()? {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Writes, mappings and faults while the data of a file is stale (of the family `stale-data`).
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, RawFd};
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
@@ -23,7 +23,8 @@ use crate::raw::app::{App, Proc};
 use crate::raw::dev::poll_one;
 use crate::raw::env::Env;
 use crate::raw::kit::Kit;
-use crate::raw::ops;
+use crate::raw::msg::Message;
+use crate::raw::ops::{self, Done};
 use crate::raw::rare;
 use crate::raw::trap::Trap;
 use crate::raw::tree::Answer;
@@ -110,9 +111,9 @@ pub fn scenarios() -> Vec<Scenario> {
     ]
 }
 
-pub(super) type Synced = App<nix::Result<i32>>;
+type Synced = App<nix::Result<i32>>;
 
-pub(super) fn synced(kit: &mut Kit<'_>, mapped: &Synced) -> Result<()> {
+fn synced(kit: &mut Kit<'_>, mapped: &Synced) -> Result<()> {
     let synced = kit.serve(mapped)?;
     ensure!(synced == Ok(0), "sync_file_range gave {synced:?}");
     Ok(())
@@ -227,28 +228,66 @@ fn append_held(env: &Env<'_>) -> Result<()> {
     reads(&mut kit, fd, 0, b"cXntent of 0, and more")
 }
 
-/// The WRITE was executed, undone by the write-back of a page that came back too early, and sent once more. Before the
-/// server executes it somebody wants that page to leave the cache, and to come back as it is there.
-fn evicted(env: &Env<'_>) -> Result<()> {
-    let (mut kit, fd) = cached(env, 0)?;
-    let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
-    let write = crash_in_write(&mut kit)?;
-    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
-    ensure!(first == b"c", "before the WRITE f0 begins with {first:?}");
-    let mapped = store_and_sync(&mut kit, fd, at)?;
-    let whole = kit.until_op(op::WRITE)?;
-    // Executed, and answered when the page has been written over it.
-    let answer = kit.tree.apply(&write)?;
-    kit.answer(&whole)?;
-    synced(&mut kit, &mapped)?;
-    kit.send(&write, &answer)?;
-    let again = kit.until_op(op::WRITE)?;
-    kit.run("munmap, and fadvise", move || {
+/// A WRITE to f0 that was executed, and undone by the write-back of a page that came back too early. It is to be answered.
+pub(super) struct Undone<'a> {
+    pub kit: Kit<'a>,
+    pub fd: RawFd,
+    /// Where f0 is mapped.
+    pub at: usize,
+    pub app: App<Done<usize>>,
+    pub write: Message,
+    pub answer: Answer,
+}
+
+impl<'a> Undone<'a> {
+    pub fn by_write_back(env: &'a Env<'a>) -> Result<Undone<'a>> {
+        let (mut kit, fd) = cached(env, 0)?;
+        let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
+        let write = crash_in_write(&mut kit)?;
+        let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+        ensure!(first == b"c", "before the WRITE f0 begins with {first:?}");
+        let mapped = store_and_sync(&mut kit, fd, at)?;
+        let whole = kit.until_op(op::WRITE)?;
+        let answer = kit.tree.apply(&write)?;
+        kit.answer(&whole)?;
+        synced(&mut kit, &mapped)?;
+        Ok(Undone {
+            kit,
+            fd,
+            at,
+            app,
+            write,
+            answer,
+        })
+    }
+}
+
+/// The mapping goes, and what is cached.
+pub(super) fn evict(kit: &mut Kit<'_>, fd: RawFd, at: usize) -> Result<()> {
+    let code = kit.run("munmap, and fadvise", move || {
         // SAFETY: nobody uses that mapping any more.
         unsafe { libc::munmap(at as *mut libc::c_void, 3 * 4096) };
         // SAFETY: plain numbers.
         unsafe { libc::posix_fadvise(fd, 0, 0, libc::POSIX_FADV_DONTNEED) }
     })?;
+    ensure!(code == 0, "posix_fadvise gave {code}");
+    Ok(())
+}
+
+/// It is sent once more. Before the server executes it somebody wants its page to leave the cache, and to come back as it
+/// is there.
+fn evicted(env: &Env<'_>) -> Result<()> {
+    let Undone {
+        mut kit,
+        fd,
+        at,
+        app,
+        write,
+        answer,
+    } = Undone::by_write_back(env)?;
+    kit.send(&write, &answer)?;
+    let again = kit.until_op(op::WRITE)?;
+    evict(&mut kit, fd, at)?;
     kit.run("a read before", move || ops::pread(fd, 100, 0))??;
     kit.answer(&again)?;
     let wrote = kit.serve(&app)?;
