@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Result};
 use nix::fcntl::OFlag;
+use nix::mount::{umount2, MntFlags};
 
 use super::help::{expect_resent, still_serves};
 use super::kill::dies;
@@ -47,6 +48,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "stale-data/in-use-auto-inval",
             "also if it is a server that serves who says that the file was changed",
             |env| in_use(env, true),
+        ),
+        Scenario::series(
+            "stale-data/in-use-unmount",
+            "an unmount does not wait until what was in use is tried again, and leaves no inode behind",
+            in_use_unmount,
         ),
         Scenario::series(
             "stale-data/truncated-beside",
@@ -203,6 +209,35 @@ fn in_use(env: &Env<'_>, serves: bool) -> Result<()> {
     }
     kit.check_counts()?;
     still_serves(&mut kit)
+}
+
+/// The file is on the list of those to be tried again when the last one who uses it goes.
+fn in_use_unmount(env: &Env<'_>) -> Result<()> {
+    let (mut kit, to, fd) = direct_and_cached(env, OFlag::O_RDWR, 0)?;
+    let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    let (app, old) = from_mapping(&mut kit, to, at)?;
+    let tried = Trap::arm("drop_over")?;
+    kit.recover()?;
+    let write = kit.next_request()?;
+    expect_resent(&kit, &old, &write)?;
+    // By the worker: nobody else reads.
+    tried.wait(kit.patience)?;
+    tried.go();
+    kit.answer(&write)?;
+    let put = kit.serve(&app)?;
+    ensure!(put == Ok(12), "the direct write gave {put:?}");
+    kit.run("munmap, and close", move || {
+        // SAFETY: nobody uses that mapping any more.
+        unsafe { libc::munmap(at as *mut libc::c_void, 3 * 4096) };
+        ops::close(fd).and(ops::close(to))
+    })??;
+    kit.settle()?;
+    let mnt = kit.mnt.clone();
+    let gone = kit.app("umount", move || umount2(&mnt, MntFlags::empty()))?;
+    let gone = gone.finish(kit.patience)?;
+    ensure!(gone == Ok(()), "umount gave {gone:?}");
+    kit.was_unmounted();
+    Ok(())
 }
 
 /// The WRITE was executed, undone by the write-back of a page that came back too early, and is to be sent once more. Its page
