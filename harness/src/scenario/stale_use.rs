@@ -12,8 +12,8 @@ use super::kill::dies;
 use super::lost::{node, Staged};
 use super::stale::changed_meanwhile;
 use super::stale_data::cached;
-use super::stale_drop::{direct_and_cached, from_mapping, map, reads};
-use super::stale_write::{evict, server_has, Undone};
+use super::stale_drop::{crash_in_write, direct_and_cached, from_mapping, map, reads};
+use super::stale_write::{evict, server_has, uncache, Undone};
 use super::Scenario;
 use crate::raw::env::Env;
 use crate::raw::ops;
@@ -57,7 +57,22 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::series(
             "stale-data/truncated-beside",
             "what is behind the size that a file had for a while is not what it was, also if that size is not heard",
-            truncated_beside,
+            |env| truncated_beside(env, 0),
+        ),
+        Scenario::series(
+            "stale-data/truncated-beside-explicit",
+            "also if all else that is cached stays until the server says so",
+            |env| truncated_beside(env, init::EXPLICIT_INVAL_DATA),
+        ),
+        Scenario::series(
+            "stale-data/another-client",
+            "what another client wrote meanwhile is not covered by a write whose page a recovery dropped",
+            another_client,
+        ),
+        Scenario::series(
+            "stale-data/told-is-no-recovery",
+            "a server that serves and says that the file was changed is no reason to send a write once more",
+            told_is_no_recovery,
         ),
         Scenario::series(
             "stale-data/unread-under-way",
@@ -156,13 +171,18 @@ fn told(env: &Env<'_>) -> Result<()> {
 }
 
 /// No server dies. The file was truncated by somebody else, and the WRITE makes it as long as it was.
-fn truncated_beside(env: &Env<'_>) -> Result<()> {
-    let (mut kit, fd) = cached(env, 0)?;
+fn truncated_beside(env: &Env<'_>, asked: u64) -> Result<()> {
+    let (mut kit, fd) = cached(env, asked)?;
     let f0 = node(&kit, "f0")?;
     kit.tree.node_mut(f0).data = vec![b'd'; 2 * 4096];
     // The mount knows the new size, and has read it all.
     ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
-    kit.run("pread", move || ops::pread(fd, 2 * 4096, 0))??;
+    uncache(&mut kit, fd)?;
+    let all = kit.run("pread", move || ops::pread(fd, 2 * 4096, 0))?;
+    ensure!(
+        all.as_deref() == Ok([b'd'; 2 * 4096].as_slice()),
+        "f0 is not read anew"
+    );
     kit.settle()?;
     let app = kit.app("a write", move || ops::pwrite(fd, &[b'X'; 4096], 4096))?;
     let write = kit.until_op(op::WRITE)?;
@@ -172,6 +192,65 @@ fn truncated_beside(env: &Env<'_>) -> Result<()> {
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(4096), "the write gave {wrote:?}");
     reads(&mut kit, fd, 4000, &[[0; 96].as_slice(), b"XXXX"].concat())
+}
+
+/// The WRITE that was sent again is executed at once and answered late. Another client overwrites it before that, which is read,
+/// and nothing changes afterwards that a later look at the attributes could show.
+fn another_client(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, init::AUTO_INVAL_DATA)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, b"XYZ", 6))?;
+    // What is stale is dropped in the background, too, which would hide what is wrong.
+    let teardown = Trap::arm_if_any("teardown")?;
+    let write = crash_in_write(&mut kit)?;
+    let answer = kit.tree.apply(&write)?;
+    let f0 = node(&kit, "f0")?;
+    let file = kit.tree.node_mut(f0);
+    (file.data, file.mtime) = (b"another's 0.".to_vec(), file.mtime + 10);
+    let early = kit.run("a read before", move || ops::pread(fd, 12, 0))?;
+    ensure!(
+        early.as_deref() == Ok(b"another's 0."),
+        "f0 reads {early:?}"
+    );
+    kit.send(&write, &answer)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(3), "the write gave {wrote:?}");
+    let found = reads(&mut kit, fd, 0, b"another's 0.");
+    drop(teardown);
+    found
+}
+
+/// No server dies. The WRITE is executed and not answered yet when somebody asks for attributes, which show that; its page is
+/// read again, and changed in a mapping.
+fn told_is_no_recovery(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, init::AUTO_INVAL_DATA)?;
+    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    ensure!(first == b"c", "f0 begins with {first:?}");
+    let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
+    let write = kit.until_op(op::WRITE)?;
+    let answer = kit.tree.apply(&write)?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).mtime += 10;
+    kit.served.clear();
+    ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
+    kit.run("a store", move || {
+        // SAFETY: mapped, and the file is not empty.
+        unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
+    })?;
+    ensure!(
+        kit.served.iter().any(|m| m.is(op::READ)),
+        "the page was not dropped"
+    );
+    kit.served.clear();
+    kit.send(&write, &answer)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(1), "the write gave {wrote:?}");
+    ensure!(
+        !kit.served.iter().any(|m| m.is(op::WRITE)),
+        "what was answered was sent once more, though no server died"
+    );
+    kit.run("fsync", move || ops::fsync(fd))??;
+    server_has(&mut kit, "CXntent of 0")?;
+    reads(&mut kit, fd, 0, b"CXntent of 0")
 }
 
 /// f1 is written past the cache, from a mapping of f0 that can be written to, and that somebody looks at meanwhile.

@@ -264,9 +264,16 @@ impl<'a> Undone<'a> {
 
 /// The mapping goes, and what is cached.
 pub(super) fn evict(kit: &mut Kit<'_>, fd: RawFd, at: usize) -> Result<()> {
-    let code = kit.run("munmap, and fadvise", move || {
+    kit.run("munmap", move || {
         // SAFETY: nobody uses that mapping any more.
-        unsafe { libc::munmap(at as *mut libc::c_void, 3 * 4096) };
+        unsafe { libc::munmap(at as *mut libc::c_void, 3 * 4096) }
+    })?;
+    uncache(kit, fd)
+}
+
+/// What is cached goes.
+pub(super) fn uncache(kit: &mut Kit<'_>, fd: RawFd) -> Result<()> {
+    let code = kit.run("fadvise", move || {
         // SAFETY: plain numbers.
         unsafe { libc::posix_fadvise(fd, 0, 0, libc::POSIX_FADV_DONTNEED) }
     })?;
