@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Reads, faults and writes at the moment at which the data of a file changes (of the family `stale-data`).
 
+use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use nix::fcntl::OFlag;
 use nix::mount::{umount2, MntFlags};
 
@@ -16,11 +17,12 @@ use super::stale_drop::{crash_in_write, direct_and_cached, from_mapping, map, re
 use super::stale_write::{evict, server_has, uncache, Undone};
 use super::Scenario;
 use crate::raw::env::Env;
+use crate::raw::kit::Kit;
 use crate::raw::ops;
 use crate::raw::rare;
 use crate::raw::trap::Trap;
 use crate::raw::tree::Answer;
-use crate::raw::wire::{fopen, init, op};
+use crate::raw::wire::{fopen, init, notify, op, StoreOut};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![
@@ -57,12 +59,32 @@ pub fn scenarios() -> Vec<Scenario> {
         Scenario::series(
             "stale-data/truncated-beside",
             "what is behind the size that a file had for a while is not what it was, also if that size is not heard",
-            |env| truncated_beside(env, 0),
+            |env| truncated_beside(env, 0, false),
         ),
         Scenario::series(
             "stale-data/truncated-beside-explicit",
             "also if all else that is cached stays until the server says so",
-            |env| truncated_beside(env, init::EXPLICIT_INVAL_DATA),
+            |env| truncated_beside(env, init::EXPLICIT_INVAL_DATA, false),
+        ),
+        Scenario::series(
+            "stale-data/truncated-and-read",
+            "and a write is there when it is over, also if its page was read meanwhile, where nothing was",
+            |env| truncated_beside(env, 0, true),
+        ),
+        Scenario::series(
+            "stale-data/asked-at-begin",
+            "what is cached stays if attributes that show no change come when an append begins",
+            asked_at_begin,
+        ),
+        Scenario::series(
+            "stale-data/append-keeps-page",
+            "an append leaves the page in the cache in which it begins",
+            |env| append(env, false),
+        ),
+        Scenario::series(
+            "stale-data/append-and-store",
+            "and what the server has stored there after it",
+            |env| append(env, true),
         ),
         Scenario::series(
             "stale-data/another-client",
@@ -171,7 +193,7 @@ fn told(env: &Env<'_>) -> Result<()> {
 }
 
 /// No server dies. The file was truncated by somebody else, and the WRITE makes it as long as it was.
-fn truncated_beside(env: &Env<'_>, asked: u64) -> Result<()> {
+fn truncated_beside(env: &Env<'_>, asked: u64, read: bool) -> Result<()> {
     let (mut kit, fd) = cached(env, asked)?;
     let f0 = node(&kit, "f0")?;
     kit.tree.node_mut(f0).data = vec![b'd'; 2 * 4096];
@@ -188,10 +210,67 @@ fn truncated_beside(env: &Env<'_>, asked: u64) -> Result<()> {
     let write = kit.until_op(op::WRITE)?;
     kit.tree.node_mut(f0).data.truncate(2048);
     ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
+    if read {
+        kit.run("a read before", move || ops::pread(fd, 4096, 4096))??;
+    }
     kit.answer(&write)?;
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(4096), "the write gave {wrote:?}");
     reads(&mut kit, fd, 4000, &[[0; 96].as_slice(), b"XXXX"].concat())
+}
+
+/// No server dies. Somebody asks for attributes between the first two steps of an append.
+fn asked_at_begin(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let begun = Trap::arm("write_begun")?;
+    let app = kit.app("an append", move || ops::pwrite(fd, b"XYZ", 12))?;
+    kit.serve_until("an append to begin", |_| Ok(begun.stopped()))?;
+    ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
+    begun.go();
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(3), "the append gave {wrote:?}");
+    is_cached(&mut kit, fd, b"content of 0XYZ")
+}
+
+/// No server dies. The server may have executed the WRITE of somebody else after this one, and store that before its answer.
+fn append(env: &Env<'_>, store: bool) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let app = kit.app("an append", move || ops::pwrite(fd, b"XYZ", 12))?;
+    let write = kit.until_op(op::WRITE)?;
+    let answer = kit.tree.apply(&write)?;
+    let wanted: &[u8] = if store {
+        let f0 = node(&kit, "f0")?;
+        kit.tree.node_mut(f0).data[12..].copy_from_slice(b"new");
+        let place = StoreOut {
+            nodeid: f0,
+            offset: 12,
+            size: 3,
+            padding: 0,
+        };
+        kit.dev
+            .notify(notify::STORE, &place, b"new")
+            .context("STORE")?;
+        b"content of 0new"
+    } else {
+        b"content of 0XYZ"
+    };
+    kit.send(&write, &answer)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(3), "the append gave {wrote:?}");
+    match store {
+        false => is_cached(&mut kit, fd, wanted),
+        true => reads(&mut kit, fd, 0, wanted),
+    }
+}
+
+fn is_cached(kit: &mut Kit<'_>, fd: RawFd, wanted: &[u8]) -> Result<()> {
+    kit.served.clear();
+    kit.run("a read", move || ops::pread(fd, 100, 0))??;
+    ensure!(
+        !kit.served.iter().any(|m| m.is(op::READ)),
+        "what was cached is gone"
+    );
+    reads(kit, fd, 0, wanted)
 }
 
 /// The WRITE that was sent again is executed at once and answered late. Another client overwrites it before that, which is read,
