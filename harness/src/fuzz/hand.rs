@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What a server's hand can do to the descriptor: every way to write an answer, a notification, or nonsense.
 
-use std::os::fd::AsRawFd;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -163,18 +162,7 @@ fn splice(dev: &Device, bytes: &[u8]) -> Result<(), Errno> {
     };
     // SAFETY: one vector over the slice; vmsplice only reads it, and it outlives the splice below.
     Errno::result(unsafe { libc::vmsplice(write.as_raw_fd(), &iov, 1, 0) })?;
-    // SAFETY: two open descriptors and no offsets.
-    let n = unsafe {
-        libc::splice(
-            read.as_raw_fd(),
-            std::ptr::null_mut(),
-            dev.raw(),
-            std::ptr::null_mut(),
-            bytes.len(),
-            libc::SPLICE_F_MOVE,
-        )
-    };
-    Errno::result(n).map(drop)
+    dev.splice_moving(read.as_fd(), bytes.len())
 }
 
 /// The header is there, what should follow it is not.

@@ -135,6 +135,36 @@ impl Device {
         self.reply(unique, 0, payload)
     }
 
+    /// The same by `splice(2)` with `SPLICE_F_MOVE`: the kernel may take the page itself into its cache.
+    pub fn reply_moved(&self, unique: u64, page: &[u8]) -> Result<(), Errno> {
+        let header = OutHeader {
+            len: (16 + page.len()) as u32,
+            error: 0,
+            unique,
+        };
+        let (read, write) = nix::unistd::pipe()?;
+        // One buffer for the header, and one for the page.
+        nix::unistd::write(&write, header.as_bytes())?;
+        nix::unistd::write(&write, page)?;
+        self.splice_moving(read.as_fd(), 16 + page.len())
+    }
+
+    /// Writes what is in a pipe with `SPLICE_F_MOVE`.
+    pub fn splice_moving(&self, pipe: BorrowedFd<'_>, len: usize) -> Result<(), Errno> {
+        // SAFETY: two open descriptors and no offsets.
+        let n = unsafe {
+            libc::splice(
+                pipe.as_raw_fd(),
+                std::ptr::null_mut(),
+                self.file.as_raw_fd(),
+                std::ptr::null_mut(),
+                len,
+                libc::SPLICE_F_MOVE,
+            )
+        };
+        Errno::result(n).map(drop)
+    }
+
     fn reply(&self, unique: u64, error: i32, payload: &[u8]) -> Result<(), Errno> {
         let header = OutHeader {
             len: (16 + payload.len()) as u32,

@@ -4,7 +4,7 @@
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use nix::fcntl::OFlag;
 use nix::mount::{umount2, MntFlags};
 
@@ -13,8 +13,10 @@ use super::kill::dies;
 use super::lost::{node, Staged};
 use super::stale::changed_meanwhile;
 use super::stale_data::cached;
-use super::stale_drop::{crash_in_write, direct_and_cached, from_mapping, map, reads};
-use super::stale_write::{evict, server_has, uncache, Undone};
+use super::stale_drop::{
+    crash_in_write, direct_and_cached, from_mapping, map, reads, store_and_sync,
+};
+use super::stale_write::{evict, server_has, sleeps, synced, uncache, Undone};
 use super::Scenario;
 use crate::raw::env::Env;
 use crate::raw::kit::Kit;
@@ -83,8 +85,23 @@ pub fn scenarios() -> Vec<Scenario> {
         ),
         Scenario::series(
             "stale-data/append-and-store",
-            "and what the server has stored there after it",
+            "and what the server has stored there after it, also if that page is to be written",
             |env| append(env, true),
+        ),
+        Scenario::series(
+            "stale-data/append-and-store-zeroed",
+            "and what it has not stored there is what was appended, though the page was made zeroes before",
+            append_zeroed,
+        ),
+        Scenario::series(
+            "stale-data/shorter-at-begin",
+            "nor does it go because the file was truncated when a write began",
+            shorter_at_begin,
+        ),
+        Scenario::series(
+            "stale-data/moved-under-way",
+            "a page that a server moves into the cache too early does not hide a write",
+            moved,
         ),
         Scenario::series(
             "stale-data/another-client",
@@ -229,48 +246,136 @@ fn asked_at_begin(env: &Env<'_>) -> Result<()> {
     begun.go();
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(3), "the append gave {wrote:?}");
-    is_cached(&mut kit, fd, b"content of 0XYZ")
+    is_cached(&mut kit, fd, 0, b"content of 0XYZ")
+}
+
+/// No server dies. The file is truncated by somebody else between the first two steps of a write, which makes it as long as it
+/// was, and attributes say so once more.
+fn shorter_at_begin(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).data = vec![b'd'; 2 * 4096];
+    let begun = Trap::arm("write_begun")?;
+    ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
+    let app = kit.app("a write", move || ops::pwrite(fd, &[b'X'; 4096], 4096))?;
+    kit.serve_until("a write to begin", |_| Ok(begun.stopped()))?;
+    kit.tree.node_mut(f0).data.truncate(2048);
+    ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
+    begun.go();
+    let write = kit.until_op(op::WRITE)?;
+    ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
+    kit.answer(&write)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(4096), "the write gave {wrote:?}");
+    is_cached(&mut kit, fd, 4096, &[b'X'; 100])
+}
+
+/// The READ was executed before the WRITE that was sent again, and its answer comes as a page that takes the place of the one for
+/// which the writer waits.
+fn moved(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).data = vec![b'd'; 4096];
+    ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
+    kit.run("pread", move || ops::pread(fd, 4096, 0))??;
+    let app = kit.app("a write", move || ops::pwrite(fd, b"XYZ", 6))?;
+    let teardown = Trap::arm_if_any("teardown")?;
+    let write = crash_in_write(&mut kit)?;
+    let early = kit.app("a read before", move || ops::pread(fd, 12, 0))?;
+    let read = kit.until_op(op::READ)?;
+    let Answer::Ok(page) = kit.tree.apply(&read)? else {
+        bail!("the answer to {read}")
+    };
+    ensure!(page.len() == 4096, "{read} of {} bytes", page.len());
+    kit.answer(&write)?;
+    let tid = app.tid;
+    kit.serve_until("the writer to wait for the page", |_| Ok(sleeps(tid)))?;
+    kit.dev.reply_moved(read.unique(), &page)?;
+    let found = kit.serve(&early)?;
+    ensure!(
+        found.as_deref() == Ok([b'd'; 12].as_slice()),
+        "before the WRITE f0 reads {found:?}"
+    );
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(3), "the write gave {wrote:?}");
+    let mut wanted = [b'd'; 100];
+    wanted[6..9].copy_from_slice(b"XYZ");
+    let found = reads(&mut kit, fd, 0, &wanted);
+    drop(teardown);
+    found
 }
 
 /// No server dies. The server may have executed the WRITE of somebody else after this one, and store that before its answer.
 fn append(env: &Env<'_>, store: bool) -> Result<()> {
     let (mut kit, fd) = cached(env, 0)?;
+    let begins = if store { b'C' } else { b'c' };
+    if store {
+        let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+        kit.run("a store", move || {
+            // SAFETY: mapped, and the file is not empty.
+            unsafe { (at as *mut u8).write_volatile(b'C') };
+        })?;
+    }
     let app = kit.app("an append", move || ops::pwrite(fd, b"XYZ", 12))?;
     let write = kit.until_op(op::WRITE)?;
     let answer = kit.tree.apply(&write)?;
     let wanted: &[u8] = if store {
-        let f0 = node(&kit, "f0")?;
-        kit.tree.node_mut(f0).data[12..].copy_from_slice(b"new");
-        let place = StoreOut {
-            nodeid: f0,
-            offset: 12,
-            size: 3,
-            padding: 0,
-        };
-        kit.dev
-            .notify(notify::STORE, &place, b"new")
-            .context("STORE")?;
-        b"content of 0new"
+        store_new(&mut kit)?;
+        b"ontent of 0new"
     } else {
-        b"content of 0XYZ"
+        b"ontent of 0XYZ"
     };
+    let wanted = &[&[begins], wanted].concat();
     kit.send(&write, &answer)?;
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(3), "the append gave {wrote:?}");
-    match store {
-        false => is_cached(&mut kit, fd, wanted),
-        true => reads(&mut kit, fd, 0, wanted),
+    if !store {
+        return is_cached(&mut kit, fd, 0, wanted);
     }
+    kit.run("fsync", move || ops::fsync(fd))??;
+    server_has(&mut kit, &String::from_utf8_lossy(wanted))?;
+    reads(&mut kit, fd, 0, wanted)
 }
 
-fn is_cached(kit: &mut Kit<'_>, fd: RawFd, wanted: &[u8]) -> Result<()> {
+/// Somebody else writes behind what the kernel knew to be the end, and the server stores that.
+fn store_new(kit: &mut Kit<'_>) -> Result<()> {
+    let nodeid = node(kit, "f0")?;
+    kit.tree.node_mut(nodeid).data[12..15].copy_from_slice(b"new");
+    let place = StoreOut {
+        nodeid,
+        offset: 12,
+        size: 3,
+        padding: 0,
+    };
+    kit.dev
+        .notify(notify::STORE, &place, b"new")
+        .context("STORE")
+}
+
+/// No server dies. The page in which the append begins is written, up to where the file has ended before.
+fn append_zeroed(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    let app = kit.app("an append", move || ops::pwrite(fd, b"XYZXYZ", 12))?;
+    let write = kit.until_op(op::WRITE)?;
+    let answer = kit.tree.apply(&write)?;
+    let mapped = store_and_sync(&mut kit, fd, at)?;
+    synced(&mut kit, &mapped)?;
+    store_new(&mut kit)?;
+    kit.send(&write, &answer)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(6), "the append gave {wrote:?}");
+    reads(&mut kit, fd, 0, b"cXntent of 0newXYZ")
+}
+
+fn is_cached(kit: &mut Kit<'_>, fd: RawFd, at: i64, wanted: &[u8]) -> Result<()> {
     kit.served.clear();
-    kit.run("a read", move || ops::pread(fd, 100, 0))??;
+    kit.run("a read", move || ops::pread(fd, 100, at))??;
     ensure!(
         !kit.served.iter().any(|m| m.is(op::READ)),
         "what was cached is gone"
     );
-    reads(kit, fd, 0, wanted)
+    reads(kit, fd, at, wanted)
 }
 
 /// The WRITE that was sent again is executed at once and answered late. Another client overwrites it before that, which is read,

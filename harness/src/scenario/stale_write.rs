@@ -111,9 +111,9 @@ pub fn scenarios() -> Vec<Scenario> {
     ]
 }
 
-type Synced = App<nix::Result<i32>>;
+pub(super) type Synced = App<nix::Result<i32>>;
 
-fn synced(kit: &mut Kit<'_>, mapped: &Synced) -> Result<()> {
+pub(super) fn synced(kit: &mut Kit<'_>, mapped: &Synced) -> Result<()> {
     let synced = kit.serve(mapped)?;
     ensure!(synced == Ok(0), "sync_file_range gave {synced:?}");
     Ok(())
@@ -304,7 +304,7 @@ fn evicted(env: &Env<'_>) -> Result<()> {
 }
 
 /// Whether thread `tid` of this process sleeps.
-fn sleeps(tid: i32) -> bool {
+pub(super) fn sleeps(tid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
     let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
     state.starts_with(['D', 'S'])
