@@ -8,7 +8,7 @@ use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 
-use super::help::{enter, expect_resent, leave, populated, still_serves, Phase, PHASES};
+use super::help::{enter, expect_resent, leave, open, populated, still_serves, Phase, PHASES};
 use super::waits::flushed_then_released;
 use super::Scenario;
 use crate::raw::app::{state, Proc};
@@ -288,6 +288,10 @@ fn server_reading(env: &Env<'_>) -> Result<()> {
 
 fn worker_waits(env: &Env<'_>) -> Result<()> {
     let mut kit = populated(env, 10)?;
+    // None of them is evicted, at whatever moment.
+    for n in 0..10 {
+        open(&mut kit, &format!("f{n}"), OFlag::O_RDONLY)?;
+    }
     kit.restarted()?;
     kit.confirm_root()?;
     kit.next_replay()?;

@@ -43,6 +43,7 @@ pub mod runner;
 mod stale;
 mod stale_data;
 mod stale_drop;
+mod stale_size;
 mod stale_use;
 mod stale_write;
 mod stock_order;
@@ -145,7 +146,7 @@ pub struct Args {
 }
 
 fn table() -> Vec<Scenario> {
-    let families: [fn() -> Vec<Scenario>; 49] = [
+    let families: [fn() -> Vec<Scenario>; 50] = [
         bad_identity::scenarios,
         bad_input::scenarios,
         replay::scenarios,
@@ -179,6 +180,7 @@ fn table() -> Vec<Scenario> {
         stale::scenarios,
         stale_data::scenarios,
         stale_drop::scenarios,
+        stale_size::scenarios,
         stale_use::scenarios,
         stale_write::scenarios,
         survive::scenarios,

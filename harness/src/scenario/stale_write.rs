@@ -240,8 +240,8 @@ pub(super) struct Undone<'a> {
 }
 
 impl<'a> Undone<'a> {
-    pub fn by_write_back(env: &'a Env<'a>) -> Result<Undone<'a>> {
-        let (mut kit, fd) = cached(env, 0)?;
+    pub fn by_write_back(env: &'a Env<'a>, asked: u64) -> Result<Undone<'a>> {
+        let (mut kit, fd) = cached(env, asked)?;
         let app = kit.app("a write", move || ops::pwrite(fd, b"C", 0))?;
         let write = crash_in_write(&mut kit)?;
         let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
@@ -291,7 +291,7 @@ fn evicted(env: &Env<'_>) -> Result<()> {
         app,
         write,
         answer,
-    } = Undone::by_write_back(env)?;
+    } = Undone::by_write_back(env, 0)?;
     kit.send(&write, &answer)?;
     let again = kit.until_op(op::WRITE)?;
     evict(&mut kit, fd, at)?;
