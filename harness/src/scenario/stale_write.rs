@@ -171,23 +171,14 @@ fn append_mode_dirty(env: &Env<'_>) -> Result<()> {
     reads(&mut kit, fd, 0, wanted.as_bytes())
 }
 
-/// A page that was read before the WRITE was executed is changed in a mapping, and written as soon as the WRITE is answered.
+/// No server dies. The page where the file has ended is changed in a mapping, and written as soon as the WRITE is answered.
 fn append_dirty(env: &Env<'_>) -> Result<()> {
     let (mut kit, fd) = cached(env, 0)?;
-    let app = kit.app("a write", move || ops::pwrite(fd, b", and more", 12))?;
-    let write = crash_in_write(&mut kit)?;
     let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    let app = kit.app("a write", move || ops::pwrite(fd, b", and more", 12))?;
+    let write = kit.until_op(op::WRITE)?;
     let restored = Trap::arm("write_restored")?;
-    kit.run("a store", move || {
-        // SAFETY: mapped, and the file is not empty.
-        unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
-    })?;
     kit.answer(&write)?;
-    restored.wait(kit.patience)?;
-    // A page is mapped, so the WRITE is sent once more.
-    let restored = restored.then("write_restored")?;
-    let again = kit.until_op(op::WRITE)?;
-    kit.answer(&again)?;
     restored.wait(kit.patience)?;
     let mapped = store_and_sync(&mut kit, fd, at)?;
     synced(&mut kit, &mapped)?;
@@ -295,12 +286,17 @@ fn evicted(env: &Env<'_>) -> Result<()> {
     kit.send(&write, &answer)?;
     let again = kit.until_op(op::WRITE)?;
     evict(&mut kit, fd, at)?;
-    kit.run("a read before", move || ops::pread(fd, 100, 0))??;
+    let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    kit.run("a store", move || {
+        // SAFETY: mapped, and the file is not empty.
+        unsafe { (at as *mut u8).add(2).write_volatile(b'Y') };
+    })?;
     kit.answer(&again)?;
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(1), "the write gave {wrote:?}");
-    server_has(&mut kit, "CXntent of 0")?;
-    reads(&mut kit, fd, 0, b"CXntent of 0")
+    kit.run("fsync", move || ops::fsync(fd))??;
+    server_has(&mut kit, "CXYtent of 0")?;
+    reads(&mut kit, fd, 0, b"CXYtent of 0")
 }
 
 /// Whether thread `tid` of this process sleeps.
@@ -416,10 +412,17 @@ fn invalidated(env: &Env<'_>) -> Result<()> {
         .context("INVAL_INODE")?;
     let early = kit.run("a read before", move || ops::pread(fd, 12, 0))?;
     ensure!(early == Ok(vec![b'b'; 12]), "f0 reads {early:?}");
+    let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    kit.run("a store", move || {
+        // SAFETY: mapped, and the file is not empty.
+        unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
+    })?;
     kit.send(&write, &answer)?;
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(20), "the write gave {wrote:?}");
-    reads(&mut kit, fd, 0, &[b'b'; 20])
+    kit.run("fsync", move || ops::fsync(fd))??;
+    server_has(&mut kit, "bXbbbbbbbbbbbbbbbbbb")?;
+    reads(&mut kit, fd, 0, b"bXbbbbbbbbbbbbbbbbbb")
 }
 
 fn map_dirty(path: &Path) -> std::result::Result<usize, i32> {
@@ -464,14 +467,14 @@ fn put_back(env: &Env<'_>) -> Result<()> {
     let write = kit.until_op(op::WRITE)?;
     kit.run("a store", move || {
         // SAFETY: mapped, and the file is not empty.
-        unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
+        unsafe { (at as *mut u8).add(1).write_volatile(0) };
     })?;
     kit.answer(&write)?;
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(20), "the write gave {wrote:?}");
     kit.run("fsync", move || ops::fsync(fd))??;
-    server_has(&mut kit, "AXAAAAAAAAAAAAAAAAAA")?;
-    reads(&mut kit, fd, 0, b"AXAAAAAAAAAAAAAAAAAA")
+    server_has(&mut kit, "A\0AAAAAAAAAAAAAAAAAA")?;
+    reads(&mut kit, fd, 0, b"A\0AAAAAAAAAAAAAAAAAA")
 }
 
 /// No server dies. If the page went, a READ could bring back what was there before.
