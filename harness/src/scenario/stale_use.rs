@@ -12,8 +12,10 @@ use super::kill::dies;
 use super::lost::{node, Staged};
 use super::stale::changed_meanwhile;
 use super::stale_data::cached;
-use super::stale_drop::{crash_in_write, direct_and_cached, from_mapping, map, reads};
-use super::stale_write::{evict, server_has, sleeps, Undone};
+use super::stale_drop::{
+    crash_in_write, direct_and_cached, from_mapping, map, reads, store_and_sync,
+};
+use super::stale_write::{evict, server_has, sleeps, synced, Undone};
 use super::Scenario;
 use crate::raw::env::Env;
 use crate::raw::ops;
@@ -43,6 +45,11 @@ pub fn scenarios() -> Vec<Scenario> {
             "stale-data/in-use-unmount",
             "an unmount does not wait until what was in use is tried again, and leaves no inode behind",
             in_use_unmount,
+        ),
+        Scenario::series(
+            "stale-data/evicted-again",
+            "nor is one lost whose page comes back, is written and goes again while it is sent once more",
+            evicted_again,
         ),
         Scenario::series(
             "stale-data/told-while-resent",
@@ -143,6 +150,35 @@ fn moved(env: &Env<'_>) -> Result<()> {
     let found = reads(&mut kit, fd, 0, &wanted);
     drop(teardown);
     found
+}
+
+/// A WRITE was undone, and its page is gone when it is answered. While it is sent once more the page comes back as it was, and is
+/// changed in a mapping; it is written after the WRITE, and evicted before its answer.
+fn evicted_again(env: &Env<'_>) -> Result<()> {
+    let Undone {
+        mut kit,
+        fd,
+        at,
+        app,
+        write,
+        answer,
+    } = Undone::by_write_back(env, 0)?;
+    evict(&mut kit, fd, at)?;
+    kit.send(&write, &answer)?;
+    let write = kit.until_op(op::WRITE)?;
+    let (at, first) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    ensure!(first == b"c", "before the WRITE f0 begins with {first:?}");
+    let mapped = store_and_sync(&mut kit, fd, at)?;
+    let whole = kit.until_op(op::WRITE)?;
+    let answer = kit.tree.apply(&write)?;
+    kit.answer(&whole)?;
+    synced(&mut kit, &mapped)?;
+    evict(&mut kit, fd, at)?;
+    kit.send(&write, &answer)?;
+    let wrote = kit.serve(&app)?;
+    ensure!(wrote == Ok(1), "the write gave {wrote:?}");
+    server_has(&mut kit, "CXntent of 0")?;
+    reads(&mut kit, fd, 0, b"CXntent of 0")
 }
 
 /// A WRITE was undone, and is sent once more. Each time before its answer, attributes show that it was executed, and its page
