@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Killed (of the family `kill`) in I/O past the page cache, or behind the lock of somebody who waits.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, RawFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,6 +13,10 @@ use nix::sys::signal::Signal;
 
 use super::help::{populate, populated, still_serves};
 use super::kill::{dies, grace, mkdir_process};
+use super::lost::{node, Staged};
+use super::stale_data::cached;
+use super::stale_drop::{change_mapped, crash_in_write, map, reads, store_and_sync};
+use super::stale_write::synced;
 use super::Scenario;
 use crate::raw::aio::Aio;
 use crate::raw::app::Proc;
@@ -20,7 +24,7 @@ use crate::raw::dev::poll_one;
 use crate::raw::env::{skip, Env};
 use crate::raw::kit::{Config, Kit};
 use crate::raw::ops;
-use crate::raw::wire::{init, op};
+use crate::raw::wire::{fopen, init, op};
 
 pub fn scenarios() -> Vec<Scenario> {
     vec![
@@ -38,6 +42,16 @@ pub fn scenarios() -> Vec<Scenario> {
             "kill/behind-lock",
             "the limit: who waits for the lock of somebody held ends when that one does, who can be killed",
             behind_lock,
+        ),
+        Scenario::series(
+            "kill/write-put-back",
+            "a task can be killed that waits at the end of a write() to drop what it put back after a recovery",
+            write_put_back,
+        ),
+        Scenario::series(
+            "kill/write-unheard",
+            "or to drop what is cached, as a size was not heard during it",
+            write_unheard,
         ),
     ]
 }
@@ -182,4 +196,74 @@ fn behind_lock(env: &Env<'_>) -> Result<()> {
     );
     kit.check_counts()?;
     still_serves(&mut kit)
+}
+
+/// A process with a descriptor of its own that writes `byte` when told to, `len` times. It would wait for the answer to its
+/// FLUSH, which nobody gives.
+fn writer(kit: &mut Kit<'_>, fd: RawFd, byte: u8, len: usize, at: i64) -> Result<Proc> {
+    kit.tree.open_flags |= fopen::NOFLUSH;
+    let path = kit.path("f0");
+    let staged = Staged::start(
+        kit,
+        "a write",
+        || {
+            // What it has from its parent.
+            ops::close(fd).map_err(|_| 9)?;
+            ops::open(&path, OFlag::O_WRONLY).map_err(|_| 10)
+        },
+        |own| i32::from(ops::pwrite(own, &vec![byte; len], at).is_err()),
+    )?;
+    kit.settle()?;
+    Ok(staged.let_go())
+}
+
+/// It was sent once more from what was put back, and that is being written for a mapping when it is answered.
+fn write_put_back(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let mut app = writer(&mut kit, fd, b'C', 1, 0)?;
+    let write = crash_in_write(&mut kit)?;
+    let mapped = change_mapped(&mut kit, fd)?;
+    let whole = kit.until_op(op::WRITE)?;
+    kit.answer(&whole)?;
+    synced(&mut kit, &mapped)?;
+    kit.answer(&write)?;
+    let again = kit.until_op(op::WRITE)?;
+    let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    let mapped = store_and_sync(&mut kit, fd, at)?;
+    kit.until_op(op::WRITE)?;
+    kit.answer(&again)?;
+    dies_waiting(&mut kit, &mut app)?;
+    synced(&mut kit, &mapped)?;
+    reads(&mut kit, fd, 0, b"CXntent of 0")
+}
+
+/// The file was truncated, and became as long again by the write. Another page of it is being written.
+fn write_unheard(env: &Env<'_>) -> Result<()> {
+    let (mut kit, fd) = cached(env, 0)?;
+    let f0 = node(&kit, "f0")?;
+    kit.tree.node_mut(f0).data = vec![b'd'; 2 * 4096];
+    ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
+    let mut app = writer(&mut kit, fd, b'X', 4096, 4096)?;
+    let write = kit.until_op(op::WRITE)?;
+    // Not before: a process that has the mapping waits for its pages when it ends.
+    let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
+    kit.tree.node_mut(f0).data.truncate(2048);
+    ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
+    let mapped = store_and_sync(&mut kit, fd, at)?;
+    kit.until_op(op::WRITE)?;
+    kit.answer(&write)?;
+    let asked = kit.until_op(op::GETATTR)?;
+    kit.answer(&asked)?;
+    dies_waiting(&mut kit, &mut app)?;
+    synced(&mut kit, &mapped)?;
+    reads(&mut kit, fd, 0, &[b"dX".as_slice(), &[b'd'; 98]].concat())
+}
+
+/// Killed in a wait without a request of its own while there is no server, for a page that a server is to write.
+fn dies_waiting(kit: &mut Kit<'_>, app: &mut Proc) -> Result<()> {
+    app.wait_asleep(kit.patience)?;
+    kit.restarted()?;
+    dies(kit, app, "at the end of a write()")?;
+    kit.recover()?;
+    Ok(())
 }

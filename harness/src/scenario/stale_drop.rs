@@ -329,6 +329,14 @@ pub(super) fn change_mapped(kit: &mut Kit<'_>, fd: RawFd) -> Result<App<nix::Res
     store_and_sync(kit, fd, at)
 }
 
+/// Byte `offset` of a mapping of a file that is longer than that becomes `byte`.
+pub(super) fn store_byte(kit: &mut Kit<'_>, at: usize, offset: usize, byte: u8) -> Result<()> {
+    kit.run("a store", move || {
+        // SAFETY: mapped, and not behind the page in which the file ends.
+        unsafe { (at as *mut u8).add(offset).write_volatile(byte) };
+    })
+}
+
 pub(super) fn store_and_sync(
     kit: &mut Kit<'_>,
     fd: RawFd,

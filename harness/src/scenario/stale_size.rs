@@ -9,7 +9,7 @@ use nix::fcntl::OFlag;
 use super::help::{expect_resent, open};
 use super::lost::node;
 use super::stale_data::cached;
-use super::stale_drop::{map, reads, store_and_sync};
+use super::stale_drop::{map, reads, store_and_sync, store_byte};
 use super::stale_write::{server_has, synced, uncache};
 use super::Scenario;
 use crate::raw::env::Env;
@@ -193,10 +193,7 @@ fn append(env: &Env<'_>, store: bool) -> Result<()> {
     let begins = if store { b'C' } else { b'c' };
     if store {
         let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
-        kit.run("a store", move || {
-            // SAFETY: mapped, and the file is not empty.
-            unsafe { (at as *mut u8).write_volatile(b'C') };
-        })?;
+        store_byte(&mut kit, at, 0, b'C')?;
     }
     let app = kit.app("an append", move || ops::pwrite(fd, b"XYZ", 12))?;
     let write = kit.until_op(op::WRITE)?;

@@ -13,7 +13,7 @@ use super::lost::{node, Staged};
 use super::stale::changed_meanwhile;
 use super::stale_data::cached;
 use super::stale_drop::{
-    crash_in_write, direct_and_cached, from_mapping, map, reads, store_and_sync,
+    crash_in_write, direct_and_cached, from_mapping, map, reads, store_and_sync, store_byte,
 };
 use super::stale_write::{evict, server_has, sleeps, synced, Undone};
 use super::Scenario;
@@ -199,10 +199,7 @@ fn told_while_resent(env: &Env<'_>) -> Result<()> {
         answer = kit.tree.apply(&write)?;
         kit.tree.node_mut(f0).mtime += 10;
         ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
-        kit.run("a store", move || {
-            // SAFETY: mapped, and the file is not empty.
-            unsafe { (at as *mut u8).add(2).write_volatile(b'0' + n) };
-        })?;
+        store_byte(&mut kit, at, 2, b'0' + n)?;
     }
     kit.served.clear();
     kit.send(&write, &answer)?;
@@ -255,10 +252,7 @@ fn told_is_no_recovery(env: &Env<'_>) -> Result<()> {
     kit.tree.node_mut(f0).mtime += 10;
     kit.served.clear();
     ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
-    kit.run("a store", move || {
-        // SAFETY: mapped, and the file is not empty.
-        unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
-    })?;
+    store_byte(&mut kit, at, 1, b'X')?;
     ensure!(
         kit.served.iter().any(|m| m.is(op::READ)),
         "the page was not dropped"

@@ -16,7 +16,9 @@ use super::lost::{node, Staged};
 use super::patience::Knob;
 use super::stale::changed_meanwhile;
 use super::stale_data::{cached, FAULT_AROUND};
-use super::stale_drop::{change_mapped, crash_in_write, map, reads, store_and_sync, Beside};
+use super::stale_drop::{
+    change_mapped, crash_in_write, map, reads, store_and_sync, store_byte, Beside,
+};
 use super::windows::reading_ahead;
 use super::Scenario;
 use crate::raw::app::{App, Proc};
@@ -158,10 +160,7 @@ fn append_mode_dirty(env: &Env<'_>) -> Result<()> {
     let app = kit.app("a write", move || ops::pwrite(log, b", mine", 0))?;
     let write = crash_in_write(&mut kit)?;
     let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
-    kit.run("a store", move || {
-        // SAFETY: mapped, and the file is not empty.
-        unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
-    })?;
+    store_byte(&mut kit, at, 1, b'X')?;
     kit.answer(&write)?;
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(6), "the write gave {wrote:?}");
@@ -287,10 +286,7 @@ fn evicted(env: &Env<'_>) -> Result<()> {
     let again = kit.until_op(op::WRITE)?;
     evict(&mut kit, fd, at)?;
     let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
-    kit.run("a store", move || {
-        // SAFETY: mapped, and the file is not empty.
-        unsafe { (at as *mut u8).add(2).write_volatile(b'Y') };
-    })?;
+    store_byte(&mut kit, at, 2, b'Y')?;
     kit.answer(&again)?;
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(1), "the write gave {wrote:?}");
@@ -413,10 +409,7 @@ fn invalidated(env: &Env<'_>) -> Result<()> {
     let early = kit.run("a read before", move || ops::pread(fd, 12, 0))?;
     ensure!(early == Ok(vec![b'b'; 12]), "f0 reads {early:?}");
     let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
-    kit.run("a store", move || {
-        // SAFETY: mapped, and the file is not empty.
-        unsafe { (at as *mut u8).add(1).write_volatile(b'X') };
-    })?;
+    store_byte(&mut kit, at, 1, b'X')?;
     kit.send(&write, &answer)?;
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(20), "the write gave {wrote:?}");
@@ -465,10 +458,7 @@ fn put_back(env: &Env<'_>) -> Result<()> {
     let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
     let app = kit.app("a write", move || ops::pwrite(fd, &[b'A'; 20], 0))?;
     let write = kit.until_op(op::WRITE)?;
-    kit.run("a store", move || {
-        // SAFETY: mapped, and the file is not empty.
-        unsafe { (at as *mut u8).add(1).write_volatile(0) };
-    })?;
+    store_byte(&mut kit, at, 1, 0)?;
     kit.answer(&write)?;
     let wrote = kit.serve(&app)?;
     ensure!(wrote == Ok(20), "the write gave {wrote:?}");
