@@ -99,9 +99,11 @@ fn story(kit: &mut Kit<'_>, script: &Script, seed: u64, shared: &'static Shared)
             server.kit.was_unmounted();
             server.ending = true;
             if !all_ended(&running)? && server.kit.conn.exists() {
-                server
-                    .take_over()
-                    .context("the good server of a detached mount")?;
+                match server.take_over() {
+                    // Its last user is gone since: nothing is recovered any more, and nobody minds.
+                    Err(_) if unmounted(&server, &running)? => {}
+                    done => done.context("the good server of a detached mount")?,
+                }
             }
             shared.stop();
             server.serve_until("the end of the applications", || all_ended(&running))?;
@@ -180,6 +182,15 @@ fn all_ended(running: &[Option<Proc>]) -> Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// Whether a detached mount goes, soon, with the last of its users.
+fn unmounted(server: &Server<'_, '_>, running: &[Option<Proc>]) -> Result<bool> {
+    let patience = server.kit.patience;
+    let gone = wait_for("an unmount", patience, || {
+        Ok(all_ended(running)? && !server.kit.conn.exists())
+    });
+    Ok(gone.is_ok())
 }
 
 /// Nobody may be stuck: not one task, however it is asked to end.

@@ -139,6 +139,7 @@ impl Server<'_, '_> {
             if self.serve_one(How::Truth)? {
                 deadline = Instant::now() + self.kit.patience;
             }
+            ensure!(!self.ending || self.kit.conn.exists(), "it was unmounted");
             ensure!(
                 Instant::now() < deadline,
                 "the recovery does not end{}",
