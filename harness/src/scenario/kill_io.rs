@@ -198,9 +198,9 @@ fn behind_lock(env: &Env<'_>) -> Result<()> {
     still_serves(&mut kit)
 }
 
-/// A process with a descriptor of its own that writes `byte` when told to, `len` times. It would wait for the answer to its
-/// FLUSH, which nobody gives.
-fn writer(kit: &mut Kit<'_>, fd: RawFd, byte: u8, len: usize, at: i64) -> Result<Proc> {
+/// A process that writes by a descriptor of its own.
+fn writer(kit: &mut Kit<'_>, fd: RawFd, data: &[u8], at: i64) -> Result<Proc> {
+    // Who dies would wait for the answer to its FLUSH, which nobody gives.
     kit.tree.open_flags |= fopen::NOFLUSH;
     let path = kit.path("f0");
     let staged = Staged::start(
@@ -211,7 +211,7 @@ fn writer(kit: &mut Kit<'_>, fd: RawFd, byte: u8, len: usize, at: i64) -> Result
             ops::close(fd).map_err(|_| 9)?;
             ops::open(&path, OFlag::O_WRONLY).map_err(|_| 10)
         },
-        |own| i32::from(ops::pwrite(own, &vec![byte; len], at).is_err()),
+        |own| i32::from(ops::pwrite(own, data, at).is_err()),
     )?;
     kit.settle()?;
     Ok(staged.let_go())
@@ -220,7 +220,7 @@ fn writer(kit: &mut Kit<'_>, fd: RawFd, byte: u8, len: usize, at: i64) -> Result
 /// It was sent once more from what was put back, and that is being written for a mapping when it is answered.
 fn write_put_back(env: &Env<'_>) -> Result<()> {
     let (mut kit, fd) = cached(env, 0)?;
-    let mut app = writer(&mut kit, fd, b'C', 1, 0)?;
+    let mut app = writer(&mut kit, fd, b"C", 0)?;
     let write = crash_in_write(&mut kit)?;
     let mapped = change_mapped(&mut kit, fd)?;
     let whole = kit.until_op(op::WRITE)?;
@@ -243,7 +243,7 @@ fn write_unheard(env: &Env<'_>) -> Result<()> {
     let f0 = node(&kit, "f0")?;
     kit.tree.node_mut(f0).data = vec![b'd'; 2 * 4096];
     ensure!(kit.run("fstat", move || ops::fstat(fd))?.is_ok(), "fstat");
-    let mut app = writer(&mut kit, fd, b'X', 4096, 4096)?;
+    let mut app = writer(&mut kit, fd, &[b'X'; 4096], 4096)?;
     let write = kit.until_op(op::WRITE)?;
     // Not before: a process that has the mapping waits for its pages when it ends.
     let (at, _) = map(&mut kit, fd, libc::PROT_READ | libc::PROT_WRITE, 1)?;
