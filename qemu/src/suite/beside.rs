@@ -16,7 +16,7 @@ use std::process::{Child, Command, Stdio};
 pub enum Part {
     /// What kills servers that do real work.
     Servers,
-    /// The scenarios in QEMU.
+    /// The scenarios in QEMU, and the fuzzer, which together take as long as the others.
     Qemu,
 }
 
@@ -24,7 +24,7 @@ impl Part {
     fn name(self) -> &'static str {
         match self {
             Part::Servers => "crash matrix, races, systemd, deaths, poison and hangs",
-            Part::Qemu => "scenarios in QEMU",
+            Part::Qemu => "scenarios in QEMU, fuzzing",
         }
     }
 }

@@ -103,7 +103,10 @@ pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
                 race::run(paths, &mut tally);
                 systemd::run(paths, &mut tally);
             }
-            Part::Qemu => scenarios::qemu(paths, &mut tally, args.debug_kernel),
+            Part::Qemu => {
+                scenarios::qemu(paths, &mut tally, args.debug_kernel);
+                fuzz::run(paths, &mut tally);
+            }
         }
         std::fs::write(result, serde_json::to_vec(&tally)?)?;
         return Ok(tally.finish());
@@ -155,7 +158,6 @@ pub fn run(paths: &Paths, args: &TestArgs) -> Result<ExitCode> {
         Beside::start(paths, Part::Qemu, debug),
     ];
     scenarios::uml(paths, &mut tally);
-    fuzz::run(paths, &mut tally);
     for beside in beside {
         match beside {
             Ok(beside) => beside.join(&mut tally),
