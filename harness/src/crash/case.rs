@@ -29,6 +29,17 @@ pub struct Observed {
     pub backing: Vec<String>,
 }
 
+impl Observed {
+    /// One that ends at its first command would do so with a crash, too, and be equal.
+    pub fn program_that_failed(&self) -> Option<&str> {
+        let lines = self.logs.iter().flat_map(|(_, lines)| lines);
+        let mut programs = lines.filter(|line| line.starts_with("Run("));
+        programs
+            .find(|line| !line.contains(" = exit status: 0: "))
+            .map(String::as_str)
+    }
+}
+
 pub struct Run {
     pub observed: Observed,
     /// How often each point was reached until the applications had ended and the server was idle.
@@ -37,39 +48,32 @@ pub struct Run {
     pub rest: Option<Rest>,
     /// The deaths that came.
     pub died: Vec<Kill>,
+    /// Too few of them: where the server did not come to.
+    pub unreached: Option<String>,
     /// Where other threads were with a request in their hands when they died with it.
     pub beside: Vec<String>,
 }
 
-/// A case that tested nothing: the server did not come where it was to die.
-#[derive(Debug)]
-pub struct Unreached(pub String);
-
-impl std::fmt::Display for Unreached {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "not reached: {}", self.0)
-    }
-}
-
-impl std::error::Error for Unreached {}
-
 /// Runs a workload while the server dies.
 ///
 /// # Errors
-/// [`Unreached`], or whatever must not happen: somebody hangs, the keeper miscounts, something is left over.
+/// Whatever must not happen: somebody hangs, the keeper miscounts, something is left over.
 pub fn run(setup: &Setup, dim: &Dim, workload: &Workload, deaths: Deaths<'_>) -> Result<Run> {
     let mut kept = Kept::start(setup, dim, workload, deaths)?;
     let blocks = !dim.writeback;
     let logs = applications(&mut kept, workload, blocks)?;
-    let died = wait_for_deaths(&mut kept, deaths)?;
+    let (died, unreached) = wait_for_deaths(&mut kept, deaths)?;
     let seen = kept.table.all();
     let beside = seen.iter().filter(|seen| seen.beside > 0);
     let beside = beside.map(|seen| seen.name.clone()).collect();
     let mounted = onlooker(&mut kept, blocks)?;
     kept.wait_until_idle()?;
     kept.check_restarts(died.len() as u64)?;
-    let rest = match setup.mode.sign && kept_by_the_series(&kept)? {
-        true => Some(kept.at_rest(excused(dim, &kept.table.all()))?),
+    let rest = match setup.mode.sign {
+        true => {
+            kept.ensure_recoverable()?;
+            Some(kept.at_rest(excused(dim, &kept.table.all()))?)
+        }
         false => None,
     };
     kept.stop()?;
@@ -83,12 +87,9 @@ pub fn run(setup: &Setup, dim: &Dim, workload: &Workload, deaths: Deaths<'_>) ->
         seen,
         rest,
         died,
+        unreached,
         beside,
     })
-}
-
-fn kept_by_the_series(kept: &Kept) -> Result<bool> {
-    Ok(kept.status()?.recovery.is_some_and(|r| r.supported()))
 }
 
 fn applications(
@@ -198,8 +199,9 @@ fn last_line(path: &Path) -> String {
     lines_of(path).pop().unwrap_or_else(|| "none".into())
 }
 
-/// Waits until the server has died as often as it was told to, or is idle and will not any more; the deaths.
-fn wait_for_deaths(kept: &mut Kept, deaths: Deaths<'_>) -> Result<Vec<Kill>> {
+/// Waits until the server has died as often as it was told to, or is idle and will not any more; the deaths that came, and if
+/// these are too few, where the server did not come to.
+fn wait_for_deaths(kept: &mut Kept, deaths: Deaths<'_>) -> Result<(Vec<Kill>, Option<String>)> {
     let kills = deaths.kills;
     let wanted = kills.len() as u64;
     kept.wait_until("the server has died and is idle", |kept| {
@@ -216,7 +218,7 @@ fn wait_for_deaths(kept: &mut Kept, deaths: Deaths<'_>) -> Result<Vec<Kill>> {
     kept.disarm(kills)?;
     let died = kept.killed(kills);
     let enough = if deaths.together { 1 } else { wanted };
-    if died < enough {
+    let unreached = (died < enough).then(|| {
         let left = kills.iter().map(|kill| {
             let (opcode, point) = kill.parts();
             let seen = kept.table.seen(opcode, point);
@@ -225,11 +227,11 @@ fn wait_for_deaths(kept: &mut Kept, deaths: Deaths<'_>) -> Result<Vec<Kill>> {
                 seen.name, seen.reached, seen.left
             )
         });
-        return Err(Unreached(left.collect::<Vec<_>>().join(", ")).into());
-    }
+        left.collect::<Vec<_>>().join(", ")
+    });
     let mut came = kills.to_vec();
     came.retain(|kill| kept.killed(std::slice::from_ref(kill)) > 0);
-    Ok(came)
+    Ok((came, unreached))
 }
 
 /// The tree as a process sees it that has done nothing before.
@@ -297,6 +299,24 @@ mod tests {
         assert!(after_a_while(&mut progress, 0) < a_while);
         assert!(after_a_while(&mut progress, 1) < a_while, "a death");
         assert!(after_a_while(&mut progress, 1) >= a_while);
+    }
+
+    #[test]
+    fn a_program_that_fails_is_no_oracle() {
+        let of = |line: &str| Observed {
+            logs: vec![(0, vec!["Stat(\"f\") = 0".into(), line.into()])],
+            mounted: Vec::new(),
+            backing: Vec::new(),
+        };
+        let fine = "Run(\"tar -cf t f\") = exit status: 0: t ";
+        assert_eq!(of(fine).program_that_failed(), None);
+        for line in [
+            "Run(\"tar -cf t f\") = exit status: 2:  tar: f: no such file",
+            "Run(\"tar -cf t f\") = signal: 9 (SIGKILL):  ",
+            "Run(\"tar -cf t f\") = ENOENT",
+        ] {
+            assert_eq!(of(line).program_that_failed(), Some(line));
+        }
     }
 
     #[test]

@@ -69,7 +69,7 @@ pub const FOCUSES: &[Focus] = &[
 ];
 
 /// Long workloads of everything.
-pub const MIXED: Focus = focus("mixed", "", NOISE);
+pub const MIXED: Focus = focus("mixed", "", &EVERYTHING);
 /// Longer ones, for many deaths.
 pub const MANY: Focus = focus(super::plan::MANY, "", &EVERYTHING);
 
@@ -173,7 +173,8 @@ pub fn workload(focus: &Focus, seed: u64, procs: usize) -> Workload {
             1 => rng.below(4) == 0 && !ROOT_ONLY.contains(&focus.name),
             _ => id == 1 && !ROOT_ONLY.contains(&focus.name),
         };
-        let many = focus.opcode.contains("dir") && focus.steps.contains(&(steps::stream as Step));
+        // What it reads must be there, in all workloads that may draw it.
+        let many = focus.steps.contains(&(steps::stream as Step));
         let mut draw = Draw {
             rng: Rng(rng.next()),
             ops: Vec::new(),
@@ -291,6 +292,16 @@ mod tests {
         let kinds = FOCUSES.iter().filter(|focus| !focus.opcode.is_empty());
         for step in kinds.flat_map(|focus| focus.steps).chain(NOISE) {
             assert!(EVERYTHING.contains(step));
+        }
+    }
+
+    #[test]
+    fn a_directory_that_is_read_is_there() {
+        for focus in FOCUSES.iter().chain([&MIXED, &MANY]) {
+            for proc in (0..40).flat_map(|seed| workload(focus, seed, 3).procs) {
+                let reads = |op: &Op| matches!(op, Op::OpenDir(_, name) if name == "many");
+                assert!(proc.many || !proc.ops.iter().any(reads), "{}", focus.name);
+            }
         }
     }
 

@@ -3,7 +3,8 @@
 
 use anyhow::{bail, Context, Result};
 
-use super::case::{self, difference, Observed, Run, Unreached};
+use super::case::{self, difference, Observed, Run};
+use super::cells;
 use super::dim::DIMS;
 use super::generate::{self, Focus, FOCUSES, JOURNALLED, MANY, MIXED};
 use super::kept::Setup;
@@ -25,12 +26,14 @@ const DEATHS: usize = 40;
 /// Where an instance can die while it recovers. Nobody recovers without a crash, so these are not among what is reached
 /// then.
 const RECOVERY: &[&str] = &[
+    "recover.start",
     "recover.restarted",
     "recover.resolved",
     "recover.replay",
     "recover.reported",
     "recover.settled",
     "recover.swept",
+    "recover.init",
     "recover.decided",
     "recover.resolved-one",
     "recover.end",
@@ -111,6 +114,9 @@ impl<'a> Running<'a> {
         if let Some(problem) = problem(&oracle) {
             bail!("{group}/, without a crash:\n{problem}");
         }
+        if let Some(line) = oracle.observed.program_that_failed() {
+            bail!("{group}/, without a crash a program fails:\n{line}");
+        }
         let opcode = match group.focus.as_str() {
             "adopt" => "adopt",
             _ => focus_of(group)?.opcode,
@@ -187,7 +193,8 @@ impl<'a> Running<'a> {
     /// The cases in which the next instance dies as well, of one whose deaths are known.
     pub fn then(&mut self, first: &Judged) -> Vec<Case> {
         let keeper = self.group.focus == plan::KEEPER;
-        if !(keeper || self.group.focus == "twice") || first.case.kills.len() != 1 {
+        let twice = keeper || self.group.focus == "twice";
+        if !twice || first.case.kills.len() != 1 || first.died.is_empty() {
             return Vec::new();
         }
         let kill = first.case.kills[0].clone();
@@ -240,7 +247,7 @@ impl<'a> Running<'a> {
         };
         match result {
             Ok(run) => {
-                let (verdict, reason) = judge(want, &run);
+                let (verdict, reason) = self.verdict(want, &run);
                 Judged {
                     verdict,
                     reason,
@@ -250,10 +257,6 @@ impl<'a> Running<'a> {
                     ..none
                 }
             }
-            Err(e) if e.downcast_ref::<Unreached>().is_some() => Judged {
-                reason: format!("{e:#}"),
-                ..none
-            },
             // What else it was told to die of may not have come.
             Err(e) => Judged {
                 verdict: Verdict::Broken,
@@ -262,6 +265,24 @@ impl<'a> Running<'a> {
                 ..none
             },
         }
+    }
+
+    /// What was compared counts, whether all deaths came or not: a request that was lost with the first is one that never
+    /// comes to the point of the second.
+    fn verdict(&self, want: &Observed, run: &Run) -> (Verdict, String) {
+        let (verdict, reason) = judge(want, run);
+        let Some(unreached) = &run.unreached else {
+            return (verdict, reason);
+        };
+        let came = self.case(run.died.clone());
+        let mode = self.setup.mode;
+        match verdict {
+            Verdict::Broken => {}
+            Verdict::Differs
+                if mode.whole() || cells::expected(mode, &came, &run.beside).surprise() => {}
+            _ => return (Verdict::Unreached, format!("not reached: {unreached}")),
+        }
+        (verdict, format!("{reason}\n    not reached: {unreached}"))
     }
 
     /// Whether the oracle says the same once more; if not, that is the defect.

@@ -245,6 +245,29 @@ impl<'a> Kept<'a> {
                 ensure!(status.contains("SIGKILL"), "a server {status}");
             }
         }
+        if !self.nested {
+            return Ok(());
+        }
+        // A keeper that was killed told nothing, and one that lives has a server that does.
+        for event in self.events(EVENTS_WITHIN)? {
+            match event {
+                Event::Died { pid, status, .. } => bail!("server {pid} {status} by itself"),
+                Event::StartFailed { error } => bail!("a server that did not start: {error}"),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The kernel would ask the next instance for every inode: without that it would only send requests again, and most
+    /// of what is looked for would not show.
+    pub fn ensure_recoverable(&self) -> Result<()> {
+        let recovery = self.status()?.recovery;
+        ensure!(
+            recovery.as_ref().is_some_and(fusectl::Recovery::supported),
+            "the mount is not restartable: the kernel says {}",
+            recovery.map_or("nothing".into(), |r| r.state)
+        );
         Ok(())
     }
 

@@ -34,6 +34,11 @@ impl Ledger {
         self.part.add(case, died, verdict, expected);
     }
 
+    /// A case is run once more.
+    pub fn again(&mut self) {
+        self.part.again += 1;
+    }
+
     /// See [`Tally::add_oracle`].
     pub fn add_oracle(&mut self, group: &Group) {
         self.part.add_oracle(group);

@@ -247,8 +247,14 @@ impl<'a> Matrix<'a> {
             );
         }
         println!(
-            "{} cases, {} crashes, {} differ, {} broken, {} not reached{cells}, {:.0} s{ended}",
-            total.cases, shown.crashes, total.differ, total.broken, total.unreached, shown.seconds
+            "{} cases, {} crashes, {} differ, {} broken, {} not reached ({} times once more){cells}, {:.0} s{ended}",
+            total.cases,
+            shown.crashes,
+            total.differ,
+            total.broken,
+            total.unreached,
+            shown.again,
+            shown.seconds
         );
         // Without the journal, or without the series, each difference must be where one can be, and there must be one
         // wherever one can be. (In a short run there is not.)
@@ -292,6 +298,10 @@ impl<'a> Matrix<'a> {
                 if judged.verdict != Verdict::Unreached || interrupted() {
                     break;
                 }
+                if self.setup.mode.whole() {
+                    println!("once more: {case}: {}", judged.reason);
+                }
+                self.ledger.again();
                 judged = running.judge(&case);
             }
             if interrupted() {

@@ -95,6 +95,9 @@ pub struct Tally {
     pub cells: BTreeMap<String, BTreeMap<String, Cell>>,
     /// Times that a server killed itself.
     pub crashes: u64,
+    /// Times that a case was run once more, for its point was not reached.
+    #[serde(default)]
+    pub again: u64,
     pub seconds: f64,
     pub failures: Vec<Failure>,
     /// Of a mode that lacks something: what became of each cell. Found anew by who goes on.
@@ -170,6 +173,7 @@ impl Tally {
     /// The cases of another one with those of this.
     pub fn sum(&mut self, other: &Tally) {
         self.crashes += other.crashes;
+        self.again += other.again;
         for (dim, cells) in &other.cells {
             let of_dim = self.cells.entry(dim.clone()).or_default();
             for (name, cell) in cells {

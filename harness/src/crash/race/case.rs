@@ -200,9 +200,8 @@ impl Race<'_> {
         killer.stop(&kept)?;
         let deaths = killer.deaths(&kept);
         kept.check_restarts(deaths)?;
-        let counted =
-            self.setup.mode.sign && kept.status()?.recovery.is_some_and(|r| r.supported());
-        if counted {
+        if self.setup.mode.sign {
+            kept.ensure_recoverable()?;
             // A signal comes at any moment, to all threads.
             let excused = deaths * u64::from(case.dim.threads);
             kept.at_rest(excused)?.ensure_nothing()?;
