@@ -17,6 +17,8 @@ use nix::errno::Errno;
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
+use crate::fusectl;
+
 pub const FUSE_DEVICE: &str = "/dev/fuse";
 
 /// One line of `/proc/self/mountinfo`, as far as we need it.
@@ -200,17 +202,43 @@ pub fn mount_fuse(device: &OwnedFd, mountpoint: &Path, options: &MountOptions) -
     }
 }
 
-/// Unmounts if nobody uses it. Waits for writeback, so never call this from the thread that restarts servers.
-pub fn unmount(mountpoint: &Path) -> nix::Result<()> {
+/// Is it this connection (number `connection`) that would be unmounted there? Somebody may have unmounted it, and mounted
+/// something else in its place or over it, which is not ours to take away.
+///
+/// # Errors
+/// As umount2(2): `EINVAL` if it is not mounted there any more, `EBUSY` if something is mounted over it.
+fn ensure_ours(mountpoint: &Path, connection: u32) -> nix::Result<()> {
+    match mount_at(mountpoint) {
+        Ok(Some(m)) if m.connection() == connection => Ok(()),
+        Ok(_) if still_mounted(mountpoint, connection) => Err(Errno::EBUSY),
+        Ok(_) => Err(Errno::EINVAL),
+        Err(_) => Err(Errno::EIO),
+    }
+}
+
+/// Unmounts this connection if nobody uses it. Waits for writeback, so never call this from the thread that restarts servers.
+pub fn unmount(mountpoint: &Path, connection: u32) -> nix::Result<()> {
+    ensure_ours(mountpoint, connection)?;
     umount2(mountpoint, MntFlags::UMOUNT_NOFOLLOW)
 }
 
 /// Takes the mount out of the tree at once; whoever has files open keeps them until the last descriptor is gone.
-pub fn unmount_lazily(mountpoint: &Path) -> nix::Result<()> {
+pub fn unmount_lazily(mountpoint: &Path, connection: u32) -> nix::Result<()> {
+    ensure_ours(mountpoint, connection)?;
     umount2(mountpoint, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
 }
 
-/// Aborts the connection (everybody who waits gets an error) and takes the mount away. Cannot hang.
+/// [`unmount_by_force`] of this connection. It is aborted even if it cannot be unmounted, for something else is there.
+pub fn end_connection(mountpoint: &Path, connection: u32) -> nix::Result<()> {
+    let Err(e) = ensure_ours(mountpoint, connection) else {
+        return unmount_by_force(mountpoint);
+    };
+    // Not there if the connection has ended.
+    let _ = fs::write(fusectl::directory(connection).join("abort"), "1");
+    Err(e)
+}
+
+/// Aborts the connection of whatever is mounted there (everybody who waits gets an error) and takes the mount away. Cannot hang.
 pub fn unmount_by_force(mountpoint: &Path) -> nix::Result<()> {
     umount2(
         mountpoint,

@@ -36,11 +36,10 @@ pub struct Status {
 
 /// Where status files are looked for, the best place first. A keeper writes to the first that it can.
 pub fn directories() -> Vec<PathBuf> {
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").filter(|d| !d.is_empty());
-    let mut dirs: Vec<PathBuf> = runtime
-        .iter()
-        .map(|d| Path::new(d).join("fuse-restart"))
-        .collect();
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    // After `su` or `sudo -E` it is another user's, who can put anything there.
+    let runtime = runtime.filter(|dir| ensure_private(dir).is_ok());
+    let mut dirs: Vec<PathBuf> = runtime.iter().map(|dir| dir.join("fuse-restart")).collect();
     dirs.push("/run/fuse-restart".into());
     dirs.push(format!("/tmp/fuse-restart-{}", nix::unistd::geteuid()).into());
     dirs
@@ -99,9 +98,19 @@ impl StatusFile {
             })
     }
 
+    /// Whether it was written since by a keeper that lives: the mount was detached, and another one has its place.
+    fn has_another(&self) -> bool {
+        let now = fs::read(&self.path).ok();
+        let now = now.and_then(|text| serde_json::from_slice::<Status>(&text).ok());
+        let (Some(now), Some(written)) = (now, &self.written) else {
+            return false;
+        };
+        now.keeper_pid != written.keeper_pid && now.keeper_lives()
+    }
+
     /// Atomic: a reader sees the old or the new one.
     pub fn write(&mut self, status: &Status) -> io::Result<()> {
-        if self.written.as_ref() == Some(status) {
+        if self.written.as_ref() == Some(status) || self.has_another() {
             return Ok(());
         }
         let fresh = self.path.with_extension("new");
@@ -116,7 +125,9 @@ impl StatusFile {
 
 impl Drop for StatusFile {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        if !self.has_another() {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -126,20 +137,24 @@ fn private_directory(dir: &Path) -> io::Result<()> {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
         _ => {}
     }
-    let found = fs::symlink_metadata(dir)?;
-    if !found.is_dir()
-        || found.uid() != nix::unistd::geteuid().as_raw()
-        || found.mode() & 0o022 != 0
-    {
-        return Err(io::Error::new(
-            io::ErrorKind::PermissionDenied,
-            "not a directory of our own",
-        ));
-    }
+    ensure_private(dir)?;
     // A read-only /run shows only now.
     let probe = dir.join(format!(".{}", std::process::id()));
     fs::write(&probe, b"")?;
     fs::remove_file(&probe)
+}
+
+/// A directory of our own, in which nobody else can make anything.
+fn ensure_private(dir: &Path) -> io::Result<()> {
+    let found = fs::symlink_metadata(dir)?;
+    let own = found.uid() == nix::unistd::geteuid().as_raw();
+    if found.is_dir() && own && found.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        "not a directory of our own",
+    ))
 }
 
 #[cfg(test)]
@@ -160,6 +175,42 @@ mod tests {
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&fine, &link).unwrap();
         assert!(private_directory(&link).is_err());
+        if nix::unistd::geteuid().is_root() {
+            std::os::unix::fs::chown(&fine, Some(1000), None).unwrap();
+            assert!(ensure_private(&fine).is_err(), "another user's");
+        }
+    }
+
+    #[test]
+    fn another_keepers_file_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = || StatusFile {
+            path: dir.path().join("s.json"),
+            written: None,
+        };
+        let path = file().path.clone();
+        let read = || serde_json::from_slice::<Status>(&fs::read(&path).unwrap()).unwrap();
+        let (mut first, mut second) = (file(), file());
+        first.write(&status(1)).unwrap();
+        // A keeper that lives: this process.
+        let other = status(std::process::id() as i32);
+        second.write(&other).unwrap();
+        first
+            .write(&Status {
+                restarts: 9,
+                ..status(1)
+            })
+            .unwrap();
+        assert_eq!(read(), other);
+        drop(first);
+        assert_eq!(read(), other);
+        drop(second);
+        assert!(!path.exists());
+        // One that was killed leaves its file, which is taken over.
+        let mut next = file();
+        fs::write(&path, serde_json::to_vec(&status(i32::MAX)).unwrap()).unwrap();
+        next.write(&other).unwrap();
+        assert_eq!(read(), other);
     }
 
     #[test]
@@ -169,9 +220,18 @@ mod tests {
             path: dir.path().join("s.json"),
             written: None,
         };
-        let status = Status {
+        let status = status(1);
+        file.write(&status).unwrap();
+        let read: Status = serde_json::from_slice(&fs::read(&file.path).unwrap()).unwrap();
+        assert_eq!(read, status);
+        drop(file);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    fn status(keeper_pid: i32) -> Status {
+        Status {
             mountpoint: "/m".into(),
-            keeper_pid: 1,
+            keeper_pid,
             keeper_state: "running".into(),
             held_back: false,
             server_pid: Some(2),
@@ -181,11 +241,6 @@ mod tests {
             last_exit: None,
             connection: 4,
             last_notification: None,
-        };
-        file.write(&status).unwrap();
-        let read: Status = serde_json::from_slice(&fs::read(&file.path).unwrap()).unwrap();
-        assert_eq!(read, status);
-        drop(file);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        }
     }
 }

@@ -65,7 +65,8 @@ impl Unmounter {
         })
     }
 
-    pub fn start(&mut self, how: How) {
+    /// `connection`: which one, for there may be another one by now.
+    pub fn start(&mut self, how: How, connection: u32) {
         if self.running {
             return;
         }
@@ -80,10 +81,10 @@ impl Unmounter {
             // A failed send or write means that the keeper has ended.
             let (result, holders) = match how {
                 How::Clean => unless_held(
-                    || mount::unmount(&mountpoint),
+                    || mount::unmount(&mountpoint, connection),
                     || busy::holders(&mountpoint),
                 ),
-                How::Lazily => (mount::unmount_lazily(&mountpoint), Vec::new()),
+                How::Lazily => (mount::unmount_lazily(&mountpoint, connection), Vec::new()),
             };
             let _ = sender.send(Outcome {
                 how,

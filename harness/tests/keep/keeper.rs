@@ -93,12 +93,26 @@ impl Keeper {
         adjust: impl FnOnce(&mut Command),
     ) -> Self {
         fs::create_dir(dir.path().join("mnt")).unwrap();
+        let mountpoint = dir.path().join("mnt");
+        Self::start_at(dir, &mountpoint, options, server, adjust)
+    }
+
+    /// Mounts where another one has its own.
+    pub fn start_on(mountpoint: &Path, server: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self::start_at(dir, mountpoint, &[], server, |_| {})
+    }
+
+    fn start_at(
+        dir: tempfile::TempDir,
+        mountpoint: &Path,
+        options: &[&str],
+        server: &[&str],
+        adjust: impl FnOnce(&mut Command),
+    ) -> Self {
         let stderr = fs::File::create(dir.path().join("stderr")).unwrap();
         let mut command = Command::new(BINARY);
-        command
-            .arg("keep")
-            .arg("--mountpoint")
-            .arg(dir.path().join("mnt"));
+        command.arg("keep").arg("--mountpoint").arg(mountpoint);
         command
             .arg("--json")
             .arg(dir.path().join("events"))

@@ -209,6 +209,69 @@ fn unmounted_from_outside_is_a_clean_end() {
     assert_eq!(keeper.event("unmounted", 1)["how"], "from outside");
 }
 
+/// Detached by somebody, kept by an open file, and then something else is mounted there, which is not the keeper's.
+#[test]
+fn what_is_mounted_in_its_place_stays() {
+    crate::skip_if_impossible!();
+    for asked in [true, false] {
+        let mut keeper = Keeper::start(&[], &["sleep", "1000"]);
+        let server = pid_of(&keeper.event("started", 1));
+        let mountpoint = keeper.mountpoint();
+        let held = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(&mountpoint)
+            .unwrap();
+        umount2(&mountpoint, MntFlags::MNT_DETACH).unwrap();
+        let mut other = Keeper::start_on(&mountpoint, &["sleep", "1000"]);
+        let others = pid_of(&other.event("started", 1));
+        if asked {
+            keeper.signal(Signal::SIGTERM);
+            assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+        } else {
+            // It was never used, so a fresh mount is to take its place, which is not free.
+            sigkill(server);
+            assert_eq!(keeper.wait(), 1, "{}", keeper.stderr());
+        }
+        assert_eq!(keeper.event("unmounted", 1)["how"], "from outside");
+        assert!(!alive(server));
+        assert!(is_mounted(&mountpoint) && alive(others));
+        let status = Command::new(BINARY).arg("status").arg(&mountpoint).output();
+        let status = String::from_utf8(status.unwrap().stdout).unwrap();
+        assert!(status.contains(&others.to_string()), "{status}");
+        other.signal(Signal::SIGTERM);
+        assert_eq!(other.wait(), 0, "{}", other.stderr());
+        assert!(!is_mounted(&mountpoint) && !alive(others));
+        drop(held);
+    }
+}
+
+#[test]
+fn what_is_mounted_over_it_stays() {
+    crate::skip_if_impossible!();
+    let mut keeper = Keeper::start(&[], &["sleep", "1000"]);
+    let server = pid_of(&keeper.event("started", 1));
+    let mountpoint = keeper.mountpoint();
+    // mount(2) and umount2(2) look at the mount, and do not ask its server.
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(
+        Some("over"),
+        &mountpoint,
+        Some("tmpfs"),
+        flags,
+        None::<&str>,
+    )
+    .unwrap();
+    keeper.signal(Signal::SIGTERM);
+    keeper.event("busy", 1);
+    assert!(alive(server), "{}", keeper.stderr());
+    umount2(&mountpoint, MntFlags::empty()).unwrap();
+    assert!(is_mounted(&mountpoint), "its own is still there");
+    keeper.signal(Signal::SIGTERM);
+    assert_eq!(keeper.wait(), 0, "{}", keeper.stderr());
+    assert!(!is_mounted(&mountpoint) && !alive(server));
+}
+
 #[test]
 fn a_busy_mount_names_its_holders_and_goes_on() {
     crate::skip_if_impossible!();

@@ -16,7 +16,7 @@ use crate::fusectl;
 impl Supervisor {
     /// Unmounted, by us or from outside, or aborted.
     pub(super) fn on_connection_gone(&mut self, dead: &Dead) -> Result<Option<End>> {
-        if !self.mounted || !mount::still_mounted(&self.mountpoint, self.connection) {
+        if !self.mounted || !self.still_mounted() {
             if self.mounted {
                 // Ours may have come through in the kernel before its thread told us.
                 self.unmounted(match self.unmounter.running() {
@@ -54,17 +54,19 @@ impl Supervisor {
         if let Phase::Waiting(due @ None) = &mut self.phase {
             *due = Some(Instant::now());
         }
-        self.unmounter.start(if self.unmounter.was_busy() {
+        let how = if self.unmounter.was_busy() {
             How::Lazily
         } else {
             How::Clean
-        });
+        };
+        self.unmounter.start(how, self.connection);
         Ok(())
     }
 
     fn unmount_by_force(&mut self) -> Result<()> {
-        match mount::unmount_by_force(&self.mountpoint) {
+        match mount::end_connection(&self.mountpoint, self.connection) {
             Ok(()) => self.unmounted("by force"),
+            Err(_) if !self.still_mounted() => self.unmounted("from outside"),
             Err(e) => error!("cannot unmount {} by force: {e}", self.status.mountpoint),
         }
         Ok(())
@@ -75,9 +77,7 @@ impl Supervisor {
         match outcome.result {
             Ok(()) => self.unmounted(outcome.how.name()),
             // Somebody else was faster.
-            Err(Errno::EINVAL | Errno::ENOENT)
-                if !mount::still_mounted(&self.mountpoint, self.connection) =>
-            {
+            Err(Errno::EINVAL | Errno::ENOENT) if !self.still_mounted() => {
                 self.unmounted("from outside")
             }
             Err(Errno::EBUSY) => {
@@ -87,7 +87,7 @@ impl Supervisor {
                     .map(|h| format!("{} ({}: {})", h.pid, h.name, h.how))
                     .collect();
                 let who = match list.is_empty() {
-                    true => "by something that is no process (a mount below it, a loop device, another namespace: see findmnt and losetup)".into(),
+                    true => "by something that is no process (a mount below or over it, a loop device, another namespace: see findmnt and losetup)".into(),
                     false => format!("by {}", list.join(", ")),
                 };
                 error!(
@@ -160,11 +160,18 @@ impl Supervisor {
         ))
     }
 
+    fn still_mounted(&self) -> bool {
+        mount::still_mounted(&self.mountpoint, self.connection)
+    }
+
     pub(super) fn take_mount_away(&mut self) {
         if std::mem::replace(&mut self.mounted, false) && !self.borrowed {
-            match mount::unmount_by_force(&self.mountpoint) {
+            match mount::end_connection(&self.mountpoint, self.connection) {
                 Ok(()) => self.log.write(Event::Unmounted {
                     how: "by force".into(),
+                }),
+                Err(_) if !self.still_mounted() => self.log.write(Event::Unmounted {
+                    how: "from outside".into(),
                 }),
                 Err(e) => error!(
                     "cannot unmount {}: {e}; try: umount -l {0}",
