@@ -8,8 +8,10 @@ use std::io::{IoSlice, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
+use nix::errno::Errno;
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags, UnixAddr};
 use rust_fuse_notify::std::listen::{self, Inherited, ListenError, NAME_DEVICE, NAME_STATE};
 use rust_fuse_notify::std::state::State;
@@ -17,6 +19,9 @@ use rust_fuse_notify::std::state::State;
 use crate::keep::mount::{self, MountOptions};
 
 const SOCKET: &str = "NOTIFY_SOCKET";
+
+/// The kernel takes no time to say that a connection has ended, if the machine has any.
+const DEAD_WITHIN: Duration = Duration::from_secs(5);
 
 /// The two descriptors: handed on, or else made and stored. `mountpoint`: where to mount if there are none.
 pub fn inherit_or_mount(mountpoint: Option<&Path>) -> Result<Inherited> {
@@ -44,7 +49,7 @@ pub fn inherit_or_mount(mountpoint: Option<&Path>) -> Result<Inherited> {
         }
         Err(other) => return Err(other.into()),
     }
-    take_dead_mount_away(mountpoint)?;
+    take_dead_mount_away(&mount::resolve(mountpoint)?)?;
     let mountpoint = mount::check_mountpoint(mountpoint)?;
     let state = State::create_memfd().context("memfd for the server's state")?;
     let device = mount::open_device()?;
@@ -65,15 +70,29 @@ pub fn inherit_or_mount(mountpoint: Option<&Path>) -> Result<Inherited> {
     Ok(Inherited { device, state })
 }
 
-/// A mount of ours whose descriptors nobody has any more.
+/// A mount of ours whose descriptors nobody has any more. One that somebody has is not ours to take away.
 fn take_dead_mount_away(mountpoint: &Path) -> Result<()> {
-    let path = std::path::absolute(mountpoint)?;
-    let there = mount::mount_at(&path).context("reading /proc/self/mountinfo")?;
-    if there.is_some_and(|m| m.fstype == "fuse.fuse-restart") {
-        tracing::warn!("{} is left from an earlier life", path.display());
-        mount::unmount_lazily(&path).with_context(|| path.display().to_string())?;
-    }
-    Ok(())
+    let shown = mountpoint.display();
+    let there = mount::mount_at(mountpoint).context("reading /proc/self/mountinfo")?;
+    let Some(there) = there.filter(|m| m.fstype == "fuse.fuse-restart") else {
+        return Ok(());
+    };
+    ensure!(
+        is_dead(mountpoint),
+        "{shown} is mounted already, and somebody keeps it (connection {}): stop that keeper or unit, or use another directory",
+        there.connection()
+    );
+    tracing::warn!("{shown} is left from an earlier life");
+    mount::unmount_lazily(mountpoint, there.connection()).with_context(|| shown.to_string())
+}
+
+/// The kernel answers by itself when a connection has ended. Else its server does, or nobody as long as there is none.
+fn is_dead(mountpoint: &Path) -> bool {
+    let (tell, told) = std::sync::mpsc::channel();
+    let path = mountpoint.to_owned();
+    // It may wait for as long as this process lives.
+    std::thread::spawn(move || tell.send(nix::sys::statvfs::statvfs(&path).err()));
+    told.recv_timeout(DEAD_WITHIN) == Ok(Some(Errno::ENOTCONN))
 }
 
 /// Says that requests are answered.

@@ -6,3 +6,4 @@ mod bad_input;
 mod keeper;
 mod life;
 mod nested;
+mod store;
