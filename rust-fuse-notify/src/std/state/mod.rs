@@ -114,8 +114,10 @@ pub enum Stage {
 pub enum Keep {
     /// Stays, with a lookup count of 0.
     Keep,
-    /// Goes, with its handles.
+    /// Goes, with its handles; but not if the kernel may have got a handle of it by a late answer.
     Drop,
+    /// Goes in any case: it has no name, so nobody can look it up again, and what is in the way of a late answer is of no use.
+    Remove,
 }
 
 /// Numbers of a [`State::settle`].
@@ -315,9 +317,9 @@ impl State {
     /// A node that an owed outcome names is not shown to `keep`: the kernel has yet to be told of it. It goes, if
     /// the answer is never asked for, through [`State::take_orphans`] or at the next recovery.
     ///
-    /// Nor is one that the kernel did not ask for, and of which a handle is left: it may have got the handle by an answer
-    /// to CREATE that was late for the recovery, looks the name up again, and goes on to use it. [`State::release`] tells
-    /// when it has given it back.
+    /// One that the kernel did not ask for, and of which a handle is left, goes by [`Keep::Remove`] only: the kernel may
+    /// have got the handle by an answer to CREATE that was late for the recovery, looks the name up again, and goes on to
+    /// use it. [`State::release`] tells when it has given it back.
     pub fn settle(&self, report: &Report, mut keep: impl FnMut(&Node) -> Keep) -> Settled {
         let mut settled = Settled {
             outcomes_dropped: self.journal.drop_below(report.lowest_owed),
@@ -335,7 +337,13 @@ impl State {
                 lookups: 0,
                 ..*node
             };
-            if owed.contains(&node.nodeid) || self.is_late(&node) || keep(&node) == Keep::Keep {
+            let stays = owed.contains(&node.nodeid)
+                || match keep(&node) {
+                    Keep::Keep => true,
+                    Keep::Drop => self.is_late(&node),
+                    Keep::Remove => false,
+                };
+            if stays {
                 settled.kept_unused += 1;
             } else if self.nodes.remove(node.nodeid) {
                 settled.dropped += 1;

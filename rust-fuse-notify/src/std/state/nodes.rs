@@ -199,17 +199,34 @@ impl NodeTable {
             let inner = &mut *table.inner();
             inner.slots.mark(0);
             inner.slots.mark(FUSE_ROOT_ID as u32);
-            for slot in 1..u32::try_from(used).unwrap_or(u32::MAX).min(capacity) {
-                if table.check(slot)? {
-                    inner.slots.mark(slot);
-                    table.enter(inner, slot);
-                    end = slot + 1;
+            let used = u32::try_from(used).unwrap_or(u32::MAX).min(capacity);
+            let mut slot = 1;
+            while let Some(memory) = table.memory_from(slot).filter(|m| m.start < used) {
+                for slot in memory.start.max(slot)..memory.end.min(used) {
+                    if table.check(slot)? {
+                        inner.slots.mark(slot);
+                        table.enter(inner, slot);
+                        end = slot + 1;
+                    }
                 }
+                slot = memory.end;
             }
         }
         // What was freed at the end need not be looked at again.
         table.region.store(NODES_USED_AT, u64::from(end));
         Ok(table)
+    }
+
+    /// The next slots from `slot` on that have memory. (It may begin before it, and its last may have some in part.)
+    fn memory_from(&self, slot: u32) -> Option<std::ops::Range<u32>> {
+        if slot >= self.capacity {
+            return None;
+        }
+        let bytes = self.region.next_used(self.at(slot))?;
+        let slots = |bytes: usize| u32::try_from(bytes / SLOT_LEN).unwrap_or(u32::MAX);
+        let first = slots(bytes.start.saturating_sub(self.base));
+        let end = slots((bytes.end.saturating_sub(self.base)).next_multiple_of(SLOT_LEN));
+        Some(first..end.max(first + 1))
     }
 
     /// Whether a slot is in use; an error if no server can have written it.

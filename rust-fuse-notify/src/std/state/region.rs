@@ -158,6 +158,20 @@ impl Region {
         usize::try_from(got).map_err(|_| io::Error::last_os_error())
     }
 
+    /// The next bytes from `offset` on that have memory, as a range; to read others would give them some. All of the rest
+    /// where that cannot be told, and `None` if there are none.
+    pub(super) fn next_used(&self, offset: usize) -> Option<std::ops::Range<usize>> {
+        use nix::unistd::{lseek, Whence};
+        let seek = |from: usize, whence| lseek(self.fd.as_fd(), from as i64, whence);
+        let begin = match seek(offset, Whence::SeekData) {
+            Ok(begin) => begin as usize,
+            Err(nix::errno::Errno::ENXIO) => return None,
+            Err(_) => return Some(offset..self.len),
+        };
+        let end = seek(begin, Whence::SeekHole).map_or(self.len, |end| end as usize);
+        Some(begin..end.min(self.len))
+    }
+
     /// Makes sure that there is memory; what was stored stays.
     pub(super) fn allocate(&self, offset: usize, len: usize) -> io::Result<()> {
         use nix::fcntl::{fallocate, FallocateFlags};

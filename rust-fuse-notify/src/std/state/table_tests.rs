@@ -189,6 +189,12 @@ fn free_pages_are_given_back() {
         );
     }
     assert!(blocks() < full / 2, "{} of {full} bytes are left", blocks());
+    // Nor does the next instance take the memory again, which looks at all that is left.
+    let before = blocks();
+    drop(state);
+    let state = State::open(fd.try_clone().unwrap(), IDENTITY, &config).unwrap();
+    assert_eq!(blocks(), before);
+    assert_eq!(state.nodes().len(), 60);
     for (i, id) in ids.iter().enumerate() {
         let found = state.nodes().get(*id);
         assert_eq!(
@@ -199,6 +205,9 @@ fn free_pages_are_given_back() {
     for which in 60_000..120_000 {
         state.nodes().lookup(&node(which)).unwrap();
     }
+    assert_eq!(state.nodes().len(), 60_060);
+    drop(state);
+    let state = State::open(fd.try_clone().unwrap(), IDENTITY, &config).unwrap();
     assert_eq!(state.nodes().len(), 60_060);
 }
 
