@@ -184,10 +184,15 @@ impl Filesystem for Counters {
             return reply.error(Errno::ESTALE);
         };
         let known = is_resent(unique).then(|| self.0.journal().lookup(unique));
-        if !matches!(known, Some(Some(Recorded::Outcome(Ok(_))))) {
-            if let Err(e) = self.add_one(unique, ino.0, place) {
-                eprintln!("request {unique:#x}: {e}");
-                return reply.error(Errno::EIO);
+        match known.flatten() {
+            Some(Recorded::Outcome(Ok(_))) => {}
+            // Nobody knows whether it was executed: not once more.
+            Some(Recorded::Outcome(Err(e))) => return reply.error(Errno::from_i32(e)),
+            _ => {
+                if let Err(e) = self.add_one(unique, ino.0, place) {
+                    eprintln!("request {unique:#x}: {e}");
+                    return reply.error(Errno::EIO);
+                }
             }
         }
         reply.written(data.len() as u32);
