@@ -124,7 +124,7 @@ impl Store {
         self.commit(change);
     }
 
-    /// Makes blocks of the holes in a range.
+    /// Makes blocks of the holes in a range; all of them, or none behind the size.
     pub fn fill_holes(&self, free: &mut Free, inode: usize, offset: u64, len: u64) -> Res<()> {
         let end = offset
             .checked_add(len)
@@ -132,7 +132,9 @@ impl Store {
             .ok_or(Errno::EFBIG)?;
         for block in offset / PAGE_BYTES..end.div_ceil(PAGE_BYTES) {
             if self.find_block(inode, block).is_none() {
-                self.add_block(free, inode, block, |_| ())?;
+                // What there was room for would be nobody's until the next start.
+                self.add_block(free, inode, block, |_| ())
+                    .inspect_err(|_| self.trim(free, inode))?;
             }
         }
         Ok(())

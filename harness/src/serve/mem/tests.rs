@@ -200,6 +200,19 @@ fn what_is_full_says_so_and_what_is_removed_is_free_again() {
 }
 
 #[test]
+fn an_allocation_that_there_is_no_room_for_takes_none() {
+    let (_, tree) = new();
+    let fd = file(&tree, 2, ROOT, "f");
+    tree.write(fd, 0, &[7; 5000]).unwrap();
+    let before = left(&tree);
+    assert_eq!(tree.allocate(fd, 0, 64 << 20, 0), Err(Errno::ENOSPC));
+    assert_eq!(left(&tree), before);
+    assert_eq!(tree.attr(fd).unwrap().size, 5000);
+    // Within the file what holes could be filled stay so: they are its own, and read as zeroes.
+    assert_eq!(tree.read(fd, 4990, 100).unwrap(), [7; 10]);
+}
+
+#[test]
 fn a_stream_neither_repeats_nor_skips_what_stays() {
     let (memfd, tree) = new();
     for n in 0..20 {
