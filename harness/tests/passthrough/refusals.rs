@@ -178,3 +178,19 @@ fn a_backing_that_is_served_already() {
         "{text}"
     );
 }
+
+/// They may be those of the mount that the device is of.
+#[test]
+fn a_start_that_is_refused_removes_no_grave() {
+    let Some(device) = device() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let grave = dir.path().join(".fuse-restart-graveyard/n0000000000000007");
+    fs::create_dir(grave.parent().unwrap()).unwrap();
+    fs::write(&grave, b"open somewhere").unwrap();
+    let state = memfd();
+    for _ in 0..2 {
+        let text = refusal(&mut serve_with(dir.path(), &device, &state));
+        assert!(text.contains("cannot take over the mount"), "{text}");
+        assert_eq!(fs::read(&grave).unwrap(), b"open somewhere");
+    }
+}

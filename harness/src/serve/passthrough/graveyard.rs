@@ -36,21 +36,32 @@ impl Graveyard {
         }
     }
 
-    /// Opens the hidden directory below `root`, making it if need be, and takes stock of it.
+    /// Opens the hidden directory below `root`, making it if need be, and takes stock of it. Two servers with one
+    /// graveyard would remove each other's files, so there is one at a time.
     pub fn open(root: BorrowedFd<'_>) -> anyhow::Result<Graveyard> {
         let shown = NAME.to_string_lossy();
-        match sys::mkdir_at(root, NAME, 0o700) {
-            Ok(()) | Err(Errno::EEXIST) => {}
-            Err(Errno::EROFS) => return Ok(Graveyard::none()),
-            Err(e) => bail!("cannot make {shown} in the backing directory: {}", e.desc()),
-        }
-        let dir =
-            sys::open_at(root, NAME, libc::O_RDONLY | libc::O_DIRECTORY, 0).with_context(|| {
-                format!(
-                    "{shown} in the backing directory is reserved for removed \
-                                      files but cannot be opened as a directory: move it away"
-                )
-            })?;
+        let dir = loop {
+            match sys::mkdir_at(root, NAME, 0o700) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(Errno::EROFS) => return Ok(Graveyard::none()),
+                Err(e) => bail!("cannot make {shown} in the backing directory: {}", e.desc()),
+            }
+            let flags = libc::O_RDONLY | libc::O_DIRECTORY;
+            let dir = match sys::open_at(root, NAME, flags, 0) {
+                Err(Errno::ENOENT) => continue, // removed just now, see below
+                dir => dir.with_context(|| {
+                    format!(
+                        "{shown} in the backing directory is reserved for removed files but cannot be opened as a \
+                         directory: move it away"
+                    )
+                })?,
+            };
+            lock(dir.as_fd())?;
+            // A server that ends removes it and lets go of it then: what was locked may be that one.
+            if is_at(dir.as_fd(), root, NAME) {
+                break dir;
+            }
+        };
         let mut inside = HashSet::new();
         for entry in dents::read_all(dir.as_fd()).context("cannot read the graveyard")? {
             match parse(&entry.name) {
@@ -68,19 +79,6 @@ impl Graveyard {
             dir: Some(dir),
             inside: Mutex::new(inside),
         })
-    }
-
-    /// Two servers with one graveyard would remove each other's files.
-    pub fn lock(&self) -> anyhow::Result<()> {
-        let Some(dir) = &self.dir else { return Ok(()) };
-        // SAFETY: no memory is involved; the lock goes with the descriptor.
-        let locked = unsafe { libc::flock(dir.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
-        match Errno::result(locked) {
-            Err(Errno::EWOULDBLOCK) => bail!(
-                "another server serves this backing directory: end it first, or serve another one"
-            ),
-            _ => Ok(()),
-        }
     }
 
     /// Whether `name` in the directory `nodeid` is the hidden one.
@@ -131,11 +129,11 @@ impl Graveyard {
         Ok(())
     }
 
-    /// Gives a directory its name back that was not empty after all; the whiteout goes that is in its place.
+    /// Gives a directory its name back that was not empty after all; a whiteout goes that is in its place, and nothing else.
     pub fn exhume(&self, nodeid: u64, parent: BorrowedFd<'_>, name: &CStr) -> Res<()> {
         let (yard, grave) = (self.dir()?, grave(nodeid));
         match sys::rename_at(yard, &grave, parent, name, libc::RENAME_NOREPLACE) {
-            Err(Errno::EEXIST) => {
+            Err(Errno::EEXIST) if is_whiteout(parent, name)? => {
                 sys::rename_at(yard, &grave, parent, name, libc::RENAME_EXCHANGE)?;
                 sys::unlink_at(yard, &grave)?;
             }
@@ -215,6 +213,33 @@ impl Graveyard {
     }
 }
 
+/// It goes with the descriptor.
+fn lock(dir: BorrowedFd<'_>) -> anyhow::Result<()> {
+    // SAFETY: no memory is involved.
+    let locked = unsafe { libc::flock(dir.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+    match Errno::result(locked) {
+        Err(Errno::EWOULDBLOCK) => bail!(
+            "another server serves this backing directory: end it first, or serve another one"
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Whether this directory is what has the name.
+fn is_at(dir: BorrowedFd<'_>, parent: BorrowedFd<'_>, name: &CStr) -> bool {
+    let file = |st: libc::stat| (st.st_dev, st.st_ino);
+    let (own, there) = (
+        sys::fstat(dir).map(file),
+        sys::lstat_at(parent, name).map(file),
+    );
+    own.is_ok() && own == there
+}
+
+fn is_whiteout(parent: BorrowedFd<'_>, name: &CStr) -> Res<bool> {
+    let st = sys::lstat_at(parent, name)?;
+    Ok(st.st_mode & libc::S_IFMT == libc::S_IFCHR && st.st_rdev == 0)
+}
+
 fn grave(nodeid: u64) -> CString {
     CString::new(format!("n{nodeid:016x}")).expect("digits have no NUL")
 }
@@ -272,11 +297,14 @@ mod tests {
         yard.bury(8, root.as_fd(), c"dir", 0).unwrap();
         assert!(!tmp.path().join("file").exists());
 
+        drop(yard);
         let again = Graveyard::open(root.as_fd()).unwrap();
         assert!(again.contains(7) && again.contains(8) && !again.contains(9));
         again.release(7);
         again.release(8);
-        assert!(Graveyard::open(root.as_fd()).unwrap().all().is_empty());
+        drop(again);
+        let again = Graveyard::open(root.as_fd()).unwrap();
+        assert!(again.all().is_empty());
 
         again.clear(root.as_fd());
         assert_eq!(
@@ -284,6 +312,56 @@ mod tests {
             0,
             "no trace"
         );
+    }
+
+    #[test]
+    fn a_directory_goes_back_to_its_name_if_that_is_free_or_a_whiteout() {
+        let tmp = tempfile::tempdir().unwrap();
+        let root: OwnedFd = std::fs::File::open(tmp.path()).unwrap().into();
+        let yard = Graveyard::open(root.as_fd()).unwrap();
+        let dir = tmp.path().join("dir");
+        let there = || std::fs::read_to_string(dir.join("inner")).ok();
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(dir.join("inner"), b"x").unwrap();
+        yard.bury(8, root.as_fd(), c"dir", 0).unwrap();
+        yard.exhume(8, root.as_fd(), c"dir").unwrap();
+        assert_eq!(there().as_deref(), Some("x"));
+        if nix::unistd::geteuid().is_root() {
+            yard.bury(8, root.as_fd(), c"dir", libc::RENAME_WHITEOUT)
+                .unwrap();
+            yard.exhume(8, root.as_fd(), c"dir").unwrap();
+            assert_eq!(there().as_deref(), Some("x"));
+            assert!(dents::read_all(yard.open_dir().unwrap())
+                .unwrap()
+                .iter()
+                .all(Entry::is_dot));
+        }
+        // Somebody's file is not ours to remove.
+        yard.bury(8, root.as_fd(), c"dir", 0).unwrap();
+        std::fs::write(&dir, b"somebody's").unwrap();
+        assert_eq!(yard.exhume(8, root.as_fd(), c"dir"), Err(Errno::EEXIST));
+        assert_eq!(std::fs::read(&dir).unwrap(), b"somebody's");
+        assert!(yard.contains(8));
+    }
+
+    #[test]
+    fn a_graveyard_is_locked_and_is_the_one_that_has_the_name() {
+        let tmp = tempfile::tempdir().unwrap();
+        let root: OwnedFd = std::fs::File::open(tmp.path()).unwrap().into();
+        let yard = Graveyard::open(root.as_fd()).unwrap();
+        let refused = Graveyard::open(root.as_fd()).err().expect("locked");
+        assert!(
+            format!("{refused:#}").contains("another server"),
+            "{refused:#}"
+        );
+        let own = yard.open_dir().unwrap();
+        assert!(is_at(own, root.as_fd(), NAME));
+        // It goes in the end, and the next one has its own.
+        yard.clear(root.as_fd());
+        assert!(!is_at(own, root.as_fd(), NAME));
+        let next = Graveyard::open(root.as_fd()).unwrap();
+        assert!(is_at(next.open_dir().unwrap(), root.as_fd(), NAME));
+        assert!(!is_at(own, root.as_fd(), NAME));
     }
 
     #[test]

@@ -64,7 +64,7 @@ impl Server {
         let ((), slot) = self.once(unique, intent, || {
             caller.create(umask, || thing.make(dir.as_fd(), &name))
         })?;
-        Ok((self.lookup_c(parent, &name)?, slot))
+        kept(self.lookup_c(parent, &name), slot)
     }
 
     pub fn link(&self, unique: u64, nodeid: u64, (parent, name): (u64, &OsStr)) -> Kept<'_, Entry> {
@@ -85,7 +85,7 @@ impl Server {
         let ((), slot) = self.once(unique, intent, || {
             sys::link_fd(file.as_fd(), dir.as_fd(), &name)
         })?;
-        Ok((self.lookup_c(parent, &name)?, slot))
+        kept(self.lookup_c(parent, &name), slot)
     }
 
     pub fn create(
@@ -123,7 +123,7 @@ impl Server {
             }
             made => made?,
         };
-        Ok((self.opened(unique, fd, backing_flags)?, slot))
+        kept(self.opened(unique, fd, backing_flags), slot)
     }
 
     /// The directory, once it is sure that the name is free in it.
@@ -175,6 +175,18 @@ impl Server {
                 self.forget(entry.nodeid, 1);
                 Err(e)
             }
+        }
+    }
+}
+
+/// What was made, or the error (a table is full, say) with which the caller is told of it. Then it is nothing that anybody can
+/// be answered again, and its slot, which would stay until the next recovery, goes.
+fn kept<T>(made: Res<T>, slot: Option<Slot<'_>>) -> Kept<'_, T> {
+    match made {
+        Ok(made) => Ok((made, slot)),
+        Err(e) => {
+            slot.into_iter().for_each(Slot::done);
+            Err(e)
         }
     }
 }

@@ -176,9 +176,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let identity = Identity(backing.identity);
     let state = state::open(inherited.state, identity, args.discard_state)
         .with_context(|| format!("cannot use the state of the mount for {shown}"))?;
-    let yard = Graveyard::open(backing.root())?;
-    yard.lock()
-        .with_context(|| format!("cannot serve {shown}"))?;
+    let yard = Graveyard::open(backing.root()).with_context(|| format!("cannot serve {shown}"))?;
     let first = state.nodes().is_empty();
     if let Some(dir) = yard.open_dir().filter(|_| first) {
         owner::claim(dir, inherited.device.as_fd())
@@ -203,11 +201,6 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         nofile,
     ));
     state.nodes().set_root(&server.describe_root()?);
-    if first {
-        // Left by a mount that ended without an unmount; nobody uses it any more.
-        server.sweep_graves();
-    }
-
     let config = args.session();
     let filesystem = Watched::new(fs::Passthrough(server.clone()), state.clone());
     let recovery = crash_points::begin(if first { "adopt" } else { "recover" });
@@ -218,6 +211,11 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         })
         .with_context(|| format!("cannot take over the mount of {shown}"))?;
     drop(recovery);
+    if matches!(adopted.how, How::First(_)) {
+        // Left by a mount that ended without an unmount, and nobody uses it any more. Not earlier: who has the wrong state
+        // in his hands is refused by now. And no later: nodeids are given out from here on.
+        server.sweep_graves();
+    }
     match &adopted.how {
         How::First(support) => tracing::info!("serving {shown} ({support:?})"),
         How::Recovered { report, took } => tracing::info!(

@@ -177,8 +177,8 @@ impl Server {
                 counted.push(entry.nodeid);
                 Ok(self.entry_out(&entry))
             }
-            // Removed meanwhile, or a mount point: the name is shown, a lookup will tell.
-            Err(Errno::ENOENT | Errno::EXDEV | Errno::ESTALE) => Ok(bare(dent.ino)),
+            // Removed meanwhile, or a mount point, or one more than can be remembered: the name is shown, a lookup will tell.
+            Err(Errno::ENOENT | Errno::EXDEV | Errno::ESTALE | Errno::ENOMEM) => Ok(bare(dent.ino)),
             Err(e) => Err(e),
         }
     }

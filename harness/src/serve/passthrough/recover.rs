@@ -63,7 +63,13 @@ impl Recover for Recovery {
         reach("reported");
         let settled = report.map(|report| {
             // An owed outcome names no node here: its resend looks the name up again.
-            let settled = state.settle(report, |_| Keep::Drop);
+            let settled = state.settle(report, |node| {
+                // Without a name it cannot be looked up again.
+                match self.server.yard.contains(node.nodeid) {
+                    true => Keep::Remove,
+                    false => Keep::Drop,
+                }
+            });
             for orphan in state.take_orphans() {
                 state.nodes().remove(orphan.nodeid);
             }
