@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::crash::{conclusively, kill_during, round, said, Random};
-use crate::served::{Served, BINARY};
+use crate::served::{alone, Served, BINARY};
 use crate::snapshot;
 
 fn start(options: &[&str]) -> Option<Served> {
@@ -226,6 +226,7 @@ fn mem_serves_without_privileges() {
     fs::set_permissions(dir.path().join("mnt"), PermissionsExt::from_mode(0o777)).unwrap();
     let own = dir.path().join("fuse-restart");
     fs::copy(BINARY, &own).unwrap();
+    let mounts = alone();
     if !can_unshare(dir.path()) {
         return;
     }
@@ -240,8 +241,9 @@ fn mem_serves_without_privileges() {
             "sh",
         ])
         .args([dir.path(), &own])
-        .output()
-        .unwrap();
+        .output();
+    drop(mounts);
+    let out = out.unwrap();
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.success(), "{}: {said}", out.status);
     let result = fs::read_to_string(dir.path().join("result")).unwrap();

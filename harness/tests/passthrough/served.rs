@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use nix::mount::{umount2, MntFlags};
@@ -120,6 +121,22 @@ pub struct Served {
     keeper: Child,
     dir: tempfile::TempDir,
     scratch: Scratch,
+    /// Nobody copies the mount meanwhile, see [`alone`].
+    _beside: RwLockReadGuard<'static, ()>,
+}
+
+static MOUNTS: RwLock<()> = RwLock::new(());
+
+/// Until it is dropped there is no mount of another test. A new mount namespace has a copy of each, which goes on when the
+/// mount is unmounted; its server is asked to end then, and takes that for a restart.
+pub fn alone() -> RwLockWriteGuard<'static, ()> {
+    // Without standing in line: a test with two mounts would wait for us between them. And as long as there are others.
+    loop {
+        match MOUNTS.try_write() {
+            Ok(alone) => return alone,
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
 }
 
 impl Served {
@@ -203,6 +220,7 @@ impl Served {
         keeper: &[&str],
         server: impl Iterator<Item = &'a OsStr>,
     ) -> Served {
+        let _beside = MOUNTS.read().expect("who is alone does not panic with it");
         let dir = tempfile::tempdir().unwrap();
         let mnt = dir.path().join("mnt");
         fs::create_dir(&mnt).unwrap();
@@ -226,6 +244,7 @@ impl Served {
             keeper,
             dir,
             scratch,
+            _beside,
         };
         wait_for("the mount", || {
             if let Some(status) = served.keeper.try_wait().unwrap() {
