@@ -564,10 +564,14 @@ fn lookups_are_counted_as_the_kernel_counts_them() {
         }
         drop(held);
         // When the kernel has forgotten everything, so has the server: nothing is counted twice.
-        fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
-        served.wait_until_idle();
-        served.crash_and_wait();
-        let after = said(&served, " nodes in the table", 2);
-        assert_eq!(after, 1, "{kind:?}: {}", served.stderr());
+        // (It need not forget at the first time what was used a moment ago.)
+        let mut forgotten = false;
+        for n in (2..12).take_while(|_| !forgotten) {
+            fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+            served.wait_until_idle();
+            served.crash_and_wait();
+            forgotten = said(&served, " nodes in the table", n) == 1;
+        }
+        assert!(forgotten, "{kind:?}: {}", served.stderr());
     }
 }
