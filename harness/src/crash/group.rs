@@ -5,7 +5,7 @@ use anyhow::{bail, Context, Result};
 
 use super::case::{self, difference, Observed, Run};
 use super::cells;
-use super::dim::DIMS;
+use super::dim::{Mode, DIMS};
 use super::generate::{self, Focus, FOCUSES, JOURNALLED, MANY, MIXED};
 use super::kept::Setup;
 use super::op::Workload;
@@ -247,7 +247,7 @@ impl<'a> Running<'a> {
         };
         match result {
             Ok(run) => {
-                let (verdict, reason) = self.verdict(want, &run);
+                let (verdict, reason) = verdict(self.setup.mode, &case.group, want, &run);
                 Judged {
                     verdict,
                     reason,
@@ -265,24 +265,6 @@ impl<'a> Running<'a> {
                 ..none
             },
         }
-    }
-
-    /// What was compared counts, whether all deaths came or not: a request that was lost with the first is one that never
-    /// comes to the point of the second.
-    fn verdict(&self, want: &Observed, run: &Run) -> (Verdict, String) {
-        let (verdict, reason) = judge(want, run);
-        let Some(unreached) = &run.unreached else {
-            return (verdict, reason);
-        };
-        let came = self.case(run.died.clone());
-        let mode = self.setup.mode;
-        match verdict {
-            Verdict::Broken => {}
-            Verdict::Differs
-                if mode.whole() || cells::expected(mode, &came, &run.beside).surprise() => {}
-            _ => return (Verdict::Unreached, format!("not reached: {unreached}")),
-        }
-        (verdict, format!("{reason}\n    not reached: {unreached}"))
     }
 
     /// Whether the oracle says the same once more; if not, that is the defect.
@@ -389,6 +371,28 @@ fn one_after_the_other(first: &Kill, later: &[Kill], reached: u64) -> Vec<Vec<Ki
         .collect()
 }
 
+/// What was compared counts, whether all deaths came or not: a request that was lost with the first is one that never comes
+/// to the point of the second.
+fn verdict(mode: Mode, group: &Group, want: &Observed, run: &Run) -> (Verdict, String) {
+    let (verdict, reason) = judge(want, run);
+    let Some(unreached) = &run.unreached else {
+        return (verdict, reason);
+    };
+    let came = Case {
+        group: group.clone(),
+        kills: run.died.clone(),
+    };
+    let counts = match verdict {
+        Verdict::Broken => true,
+        Verdict::Differs => mode.whole() || cells::expected(mode, &came, &run.beside).surprise(),
+        Verdict::Same | Verdict::Unreached => false,
+    };
+    match counts {
+        true => (verdict, format!("{reason}\n    not reached: {unreached}")),
+        false => (Verdict::Unreached, format!("not reached: {unreached}")),
+    }
+}
+
 fn judge(want: &Observed, run: &Run) -> (Verdict, String) {
     let problem = problem(run);
     if let Some(found) = difference(want, &run.observed) {
@@ -452,6 +456,54 @@ mod tests {
             2,
             "one alone moves as one does"
         );
+    }
+
+    /// A lost request shows in what the application got, and in that the second death does not come.
+    #[test]
+    fn what_died_once_is_compared_though_it_was_to_die_twice() {
+        let observed = |line: &str| Observed {
+            logs: vec![(0, vec![line.into()])],
+            mounted: Vec::new(),
+            backing: Vec::new(),
+        };
+        let want = observed("0");
+        let group = Group {
+            dim: DIMS[0],
+            focus: "twice".into(),
+            round: 0,
+        };
+        let run = |line: &str, died: &[&str], unreached: bool| Run {
+            observed: observed(line),
+            seen: Vec::new(),
+            rest: None,
+            died: died.iter().map(|point| Kill::new(point, 1)).collect(),
+            unreached: unreached.then(|| "recover.replay".to_owned()),
+            beside: Vec::new(),
+        };
+        let whole = Mode {
+            journal: true,
+            sign: true,
+        };
+        let off = Mode {
+            journal: false,
+            sign: true,
+        };
+        use Verdict::{Differs, Same, Unreached};
+        for (mode, run, expected) in [
+            (whole, run("0", &["mkdir.mkdirat"], true), Unreached),
+            (whole, run("EIO", &["mkdir.mkdirat"], true), Differs),
+            (whole, run("EIO", &[], true), Differs),
+            (whole, run("0", &["mkdir.mkdirat"], false), Same),
+            // Without the journal it is to differ there, and says nothing of the second death; elsewhere it is not.
+            (off, run("EEXIST", &["mkdir.mkdirat"], true), Unreached),
+            (off, run("EEXIST", &["mkdir.start"], true), Differs),
+            (off, run("EEXIST", &[], true), Differs),
+            (off, run("EEXIST", &["mkdir.mkdirat"], false), Differs),
+        ] {
+            let died = run.died.clone();
+            let (got, reason) = verdict(mode, &group, &want, &run);
+            assert_eq!(got, expected, "{mode:?} {died:?}: {reason}");
+        }
     }
 
     #[test]

@@ -565,13 +565,12 @@ fn lookups_are_counted_as_the_kernel_counts_them() {
         drop(held);
         // When the kernel has forgotten everything, so has the server: nothing is counted twice.
         // (It need not forget at the first time what was used a moment ago.)
-        let mut forgotten = false;
-        for n in (2..12).take_while(|_| !forgotten) {
+        let forgotten = (2..12).any(|n| {
             fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
             served.wait_until_idle();
             served.crash_and_wait();
-            forgotten = said(&served, " nodes in the table", n) == 1;
-        }
+            said(&served, " nodes in the table", n) == 1
+        });
         assert!(forgotten, "{kind:?}: {}", served.stderr());
     }
 }
