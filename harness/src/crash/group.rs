@@ -39,6 +39,9 @@ const RECOVERY: &[&str] = &[
     "recover.end",
 ];
 
+/// Those of it that are reached if a server died with an intent.
+const OF_AN_INTENT: &[&str] = &["recover.decided", "recover.resolved-one"];
+
 /// The names that stand where a focus can.
 pub fn names() -> Vec<&'static str> {
     let special = ["adopt", "twice", "mixed", plan::KEEPER, plan::MANY];
@@ -208,7 +211,9 @@ impl<'a> Running<'a> {
             // A point can hold one order at a time. Whether a request is sent again when its server went on for a moment
             // after the keeper's death, is chance.
             let again = of == "recover" || (of == opcode && !keeper);
-            seen.since_death > 0 && again && seen.name != kill.point
+            // Nor is it sure that it left an intent.
+            let chance = keeper && OF_AN_INTENT.contains(&seen.name.as_str());
+            seen.since_death > 0 && again && !chance && seen.name != kill.point
         });
         let mut again: Vec<Seen> = again.cloned().collect();
         if keeper {
