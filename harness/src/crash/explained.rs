@@ -231,15 +231,24 @@ mod tests {
         sign: true,
     };
 
+    const RESEND_ONLY: Mode = Mode {
+        journal: true,
+        sign: false,
+    };
+
     fn explained(cases: &[(&str, Verdict, &[&str])]) -> Explained {
+        explained_in(NO_JOURNAL, cases)
+    }
+
+    fn explained_in(mode: Mode, cases: &[(&str, Verdict, &[&str])]) -> Explained {
         let mut tally = Tally::default();
         for (text, verdict, beside) in cases {
             let case: Case = text.parse().unwrap();
             let beside: Vec<String> = beside.iter().map(|name| (*name).to_owned()).collect();
-            let expected = cells::expected(NO_JOURNAL, &case, &beside);
+            let expected = cells::expected(mode, &case, &beside);
             tally.add(&case, &case.kills, *verdict, expected);
         }
-        Explained::of(&tally, NO_JOURNAL)
+        Explained::of(&tally, mode)
     }
 
     fn fate(cases: &[(&str, Verdict, &[&str])]) -> Fate {
@@ -277,6 +286,29 @@ mod tests {
         assert_eq!(fate(&[(mkdirat, Differs, beside)]), Fate::Unexplained);
         let keeper = "t1-wt/keeper/0/mkdir.start:1";
         assert_eq!(fate(&[(keeper, Differs, &[])]), Fate::Reason);
+    }
+
+    /// The answer was given, and the next request of the same process was read by another thread, which is at no point yet.
+    #[test]
+    fn what_is_lost_with_another_descriptor_proves_nothing() {
+        use Verdict::{Differs, Same};
+        let fate = |case| explained_in(RESEND_ONLY, &[case]).cells[0].fate;
+        assert_eq!(
+            fate(("c4-wt/link/1/link.answered:4", Differs, &[])),
+            Fate::Reason
+        );
+        assert_eq!(
+            fate(("c4-wt/link/1/link.linkat:1", Differs, &[])),
+            Fate::Differs
+        );
+        assert_eq!(
+            fate(("c4-wt/link/1/link.linkat:1", Same, &[])),
+            Fate::Unexplained
+        );
+        assert_eq!(
+            fate(("t4-wt/link/1/link.answered:4", Differs, &[])),
+            Fate::Refuted
+        );
     }
 
     #[test]
