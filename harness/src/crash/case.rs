@@ -119,7 +119,9 @@ fn applications(
                 last_line(&kept.file(&format!("log{id}")))
             )
         })?;
-        if ended == WaitStatus::Exited(child.pid, app::CANNOT_BEGIN) {
+        // Where a death may be noticed it may be noticed as early as that.
+        let noticed = !kept.setup().mode.whole() && kept.table.all().iter().any(|s| s.killed > 0);
+        if ended == WaitStatus::Exited(child.pid, app::CANNOT_BEGIN) && !noticed {
             bail!(
                 "process {id}: {}",
                 last_line(&kept.file(&format!("log{id}")))
