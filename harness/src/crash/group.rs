@@ -39,8 +39,10 @@ const RECOVERY: &[&str] = &[
     "recover.end",
 ];
 
-/// Those of it that are reached if a server died with an intent.
-const OF_AN_INTENT: &[&str] = &["recover.decided", "recover.resolved-one"];
+/// Two of these are reached only if a server died with an intent.
+fn of_every_recovery(point: &str) -> bool {
+    RECOVERY.contains(&point) && !["recover.decided", "recover.resolved-one"].contains(&point)
+}
 
 /// The names that stand where a focus can.
 pub fn names() -> Vec<&'static str> {
@@ -164,10 +166,18 @@ impl<'a> Running<'a> {
         let points = reached.into_iter();
         points
             .map(|seen| {
-                let nth = 1 + self.rng.below(seen.reached as usize) as u64;
+                let nth = 1 + self.rng.below(self.often(&seen) as usize) as u64;
                 self.case(vec![Kill::new(&seen.name, nth)])
             })
             .collect()
+    }
+
+    /// How often a point is reached for sure: several threads do not come to it as often each time.
+    fn often(&self, seen: &Seen) -> u64 {
+        match self.group.dim.threads {
+            1 => seen.reached,
+            _ => seen.reached - seen.reached / 4,
+        }
     }
 
     /// A case in which the server dies at some forty points of its work, and some instances at once again.
@@ -211,9 +221,9 @@ impl<'a> Running<'a> {
             // A point can hold one order at a time. Whether a request is sent again when its server went on for a moment
             // after the keeper's death, is chance.
             let again = of == "recover" || (of == opcode && !keeper);
-            // Nor is it sure that it left an intent.
-            let chance = keeper && OF_AN_INTENT.contains(&seen.name.as_str());
-            seen.since_death > 0 && again && !chance && seen.name != kill.point
+            // Nor is it sure what it left: an intent, a grave.
+            let sure = !keeper || of_every_recovery(&seen.name);
+            seen.since_death > 0 && again && sure && seen.name != kill.point
         });
         let mut again: Vec<Seen> = again.cloned().collect();
         if keeper {
