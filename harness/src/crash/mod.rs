@@ -9,7 +9,8 @@
 //! * [`group`] all cases of one workload; [`minimise`] a failed one
 //! * [`race`] is another workload, on shared names, with a judge of its own
 //! * [`cells`] which deaths show when the server lacks something, and why not the others; [`explained`] the table of it
-//! * [`run`] everything, [`tally`] the results, [`ledger`] which of them count, [`kmsg`] what the kernel complains of
+//! * [`run`] everything, [`tally`] the results, [`ledger`] which of them count, [`sum`] of several runs, [`kmsg`] what the
+//!   kernel complains of
 
 #[cfg(feature = "crash-points")]
 mod app;
@@ -48,6 +49,8 @@ mod run;
 mod shown;
 #[cfg(feature = "crash-points")]
 mod steps;
+#[cfg(feature = "crash-points")]
+mod sum;
 #[cfg(feature = "crash-points")]
 mod tally;
 #[cfg(feature = "crash-points")]
@@ -115,6 +118,9 @@ pub struct Args {
     /// Go on with the results of an earlier run of the same kernel, seed and mode
     #[arg(long, value_name = "FILE")]
     resume: Option<PathBuf>,
+    /// Run nothing: add up what runs wrote with --json, and print crashes by opcode and point
+    #[arg(long, value_name = "FILE", value_delimiter = ',', exclusive = true)]
+    sum: Vec<PathBuf>,
     /// Write the table to this file as Markdown
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
@@ -137,7 +143,10 @@ enum Switch {
 
 #[cfg(feature = "crash-points")]
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    run::run(args)
+    match args.sum.is_empty() {
+        true => run::run(args),
+        false => sum::run(&args.sum),
+    }
 }
 
 #[cfg(not(feature = "crash-points"))]
