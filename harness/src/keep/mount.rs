@@ -2,7 +2,7 @@
 //! The mount: checks before it, mount(2), what the mount table says, umount2(2).
 //!
 //! Nothing here may ask the file system a question (`stat` on the mount point, say): the server may be dead, and
-//! the keeper would wait for the server that only it can start.
+//! the keeper would wait for the server that only it can start. (But for [`is_dead`], which does not wait for long.)
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{anyhow, bail, Context, Result};
 use nix::errno::Errno;
@@ -20,6 +21,9 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use crate::fusectl;
 
 pub const FUSE_DEVICE: &str = "/dev/fuse";
+
+/// The kernel takes no time to say that a connection has ended, if the machine has any.
+const DEAD_WITHIN: Duration = Duration::from_secs(5);
 
 /// One line of `/proc/self/mountinfo`, as far as we need it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -202,40 +206,75 @@ pub fn mount_fuse(device: &OwnedFd, mountpoint: &Path, options: &MountOptions) -
     }
 }
 
-/// Is it this connection (number `connection`) that would be unmounted there? Somebody may have unmounted it, and mounted
-/// something else in its place or over it, which is not ours to take away.
-///
-/// # Errors
-/// As umount2(2): `EINVAL` if it is not mounted there any more, `EBUSY` if something is mounted over it.
-fn ensure_ours(mountpoint: &Path, connection: u32) -> nix::Result<()> {
-    match mount_at(mountpoint) {
-        Ok(Some(m)) if m.connection() == connection => Ok(()),
-        Ok(_) if still_mounted(mountpoint, connection) => Err(Errno::EBUSY),
-        Ok(_) => Err(Errno::EINVAL),
-        Err(_) => Err(Errno::EIO),
+/// A mount that is ours: its connection, by number and by the device. Somebody may have unmounted it, and mounted something else in
+/// its place or over it, which is not ours to take away; with the same number, for that is free again then.
+#[derive(Clone, Copy)]
+pub struct Ours<'a> {
+    pub mountpoint: &'a Path,
+    pub connection: u32,
+    pub device: &'a OwnedFd,
+}
+
+impl Ours<'_> {
+    /// Is it mounted there, be it under something else?
+    pub fn is_there(self) -> bool {
+        // A connection that has ended leaves its mount, or is what its mount's end has left.
+        still_mounted(self.mountpoint, self.connection)
+            && (!connection_gone(self.device) || is_dead(self.mountpoint))
+    }
+
+    /// Is it what would be unmounted there?
+    ///
+    /// # Errors
+    /// As umount2(2): `EINVAL` if it is not mounted there any more, `EBUSY` if something is mounted over it.
+    fn ensure_on_top(self) -> nix::Result<()> {
+        if !self.is_there() {
+            return Err(Errno::EINVAL);
+        }
+        match mount_at(self.mountpoint) {
+            Ok(Some(m)) if m.connection() == self.connection => Ok(()),
+            Ok(_) => Err(Errno::EBUSY),
+            Err(_) => Err(Errno::EIO),
+        }
+    }
+
+    /// Unmounts it if nobody uses it. Waits for writeback, so never call this from the thread that restarts servers.
+    pub fn unmount(self) -> nix::Result<()> {
+        self.ensure_on_top()?;
+        umount2(self.mountpoint, MntFlags::UMOUNT_NOFOLLOW)
+    }
+
+    /// Takes the mount out of the tree at once; whoever has files open keeps them until the last descriptor is gone.
+    pub fn unmount_lazily(self) -> nix::Result<()> {
+        self.ensure_on_top()?;
+        unmount_lazily(self.mountpoint)
+    }
+
+    /// [`unmount_by_force`]. The connection is aborted even if it cannot be unmounted, for something else is there.
+    pub fn end(self) -> nix::Result<()> {
+        let Err(e) = self.ensure_on_top() else {
+            return unmount_by_force(self.mountpoint);
+        };
+        if !connection_gone(self.device) {
+            let _ = fs::write(fusectl::directory(self.connection).join("abort"), "1");
+        }
+        Err(e)
     }
 }
 
-/// Unmounts this connection if nobody uses it. Waits for writeback, so never call this from the thread that restarts servers.
-pub fn unmount(mountpoint: &Path, connection: u32) -> nix::Result<()> {
-    ensure_ours(mountpoint, connection)?;
-    umount2(mountpoint, MntFlags::UMOUNT_NOFOLLOW)
-}
-
-/// Takes the mount out of the tree at once; whoever has files open keeps them until the last descriptor is gone.
-pub fn unmount_lazily(mountpoint: &Path, connection: u32) -> nix::Result<()> {
-    ensure_ours(mountpoint, connection)?;
+/// Takes whatever is mounted there out of the tree.
+pub fn unmount_lazily(mountpoint: &Path) -> nix::Result<()> {
     umount2(mountpoint, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
 }
 
-/// [`unmount_by_force`] of this connection. It is aborted even if it cannot be unmounted, for something else is there.
-pub fn end_connection(mountpoint: &Path, connection: u32) -> nix::Result<()> {
-    let Err(e) = ensure_ours(mountpoint, connection) else {
-        return unmount_by_force(mountpoint);
-    };
-    // Not there if the connection has ended.
-    let _ = fs::write(fusectl::directory(connection).join("abort"), "1");
-    Err(e)
+/// Has the connection of what is mounted there ended? The kernel answers that by itself, and at once. Else the server does, or
+/// nobody as long as there is none: then this takes five seconds.
+pub fn is_dead(mountpoint: &Path) -> bool {
+    let (tell, told) = std::sync::mpsc::channel();
+    let path = mountpoint.to_owned();
+    // It may wait for as long as this process lives.
+    std::thread::spawn(move || tell.send(nix::sys::statvfs::statvfs(&path).err()));
+    told.recv_timeout(DEAD_WITHIN) == Ok(Some(Errno::ENOTCONN))
 }
 
 /// Aborts the connection of whatever is mounted there (everybody who waits gets an error) and takes the mount away. Cannot hang.

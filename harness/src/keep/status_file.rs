@@ -125,7 +125,7 @@ impl StatusFile {
 
 impl Drop for StatusFile {
     fn drop(&mut self) {
-        if !self.has_another() {
+        if self.written.is_some() && !self.has_another() {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -202,6 +202,8 @@ mod tests {
             })
             .unwrap();
         assert_eq!(read(), other);
+        drop(file());
+        assert_eq!(read(), other, "who could not mount has written none");
         drop(first);
         assert_eq!(read(), other);
         drop(second);

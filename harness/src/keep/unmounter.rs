@@ -3,7 +3,7 @@
 //! and be started again meanwhile, by the loop that must therefore not wait here.  Looking for who keeps the mount busy
 //! may wait in the same way (see [`busy`]), so it is done here too.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::busy::{self, Holder};
-use super::mount;
+use super::mount::Ours;
 
 const TRIES: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(50);
@@ -65,8 +65,8 @@ impl Unmounter {
         })
     }
 
-    /// `connection`: which one, for there may be another one by now.
-    pub fn start(&mut self, how: How, connection: u32) {
+    /// `device`: of the connection, by which it is known.
+    pub fn start(&mut self, how: How, connection: u32, device: OwnedFd) {
         if self.running {
             return;
         }
@@ -79,12 +79,14 @@ impl Unmounter {
         );
         std::thread::spawn(move || {
             // A failed send or write means that the keeper has ended.
+            let ours = Ours {
+                mountpoint: &mountpoint,
+                connection,
+                device: &device,
+            };
             let (result, holders) = match how {
-                How::Clean => unless_held(
-                    || mount::unmount(&mountpoint, connection),
-                    || busy::holders(&mountpoint),
-                ),
-                How::Lazily => (mount::unmount_lazily(&mountpoint, connection), Vec::new()),
+                How::Clean => unless_held(|| ours.unmount(), || busy::holders(&mountpoint)),
+                How::Lazily => (ours.unmount_lazily(), Vec::new()),
             };
             let _ = sender.send(Outcome {
                 how,

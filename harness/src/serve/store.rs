@@ -8,10 +8,8 @@ use std::io::{IoSlice, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
-use nix::errno::Errno;
 use nix::sys::socket::{sendmsg, ControlMessage, MsgFlags, UnixAddr};
 use rust_fuse_notify::std::listen::{self, Inherited, ListenError, NAME_DEVICE, NAME_STATE};
 use rust_fuse_notify::std::state::State;
@@ -19,9 +17,6 @@ use rust_fuse_notify::std::state::State;
 use crate::keep::mount::{self, MountOptions};
 
 const SOCKET: &str = "NOTIFY_SOCKET";
-
-/// The kernel takes no time to say that a connection has ended, if the machine has any.
-const DEAD_WITHIN: Duration = Duration::from_secs(5);
 
 /// The two descriptors: handed on, or else made and stored. `mountpoint`: where to mount if there are none.
 pub fn inherit_or_mount(mountpoint: Option<&Path>) -> Result<Inherited> {
@@ -78,21 +73,12 @@ fn take_dead_mount_away(mountpoint: &Path) -> Result<()> {
         return Ok(());
     };
     ensure!(
-        is_dead(mountpoint),
+        mount::is_dead(mountpoint),
         "{shown} is mounted already, and somebody keeps it (connection {}): stop that keeper or unit, or use another directory",
         there.connection()
     );
     tracing::warn!("{shown} is left from an earlier life");
-    mount::unmount_lazily(mountpoint, there.connection()).with_context(|| shown.to_string())
-}
-
-/// The kernel answers by itself when a connection has ended. Else its server does, or nobody as long as there is none.
-fn is_dead(mountpoint: &Path) -> bool {
-    let (tell, told) = std::sync::mpsc::channel();
-    let path = mountpoint.to_owned();
-    // It may wait for as long as this process lives.
-    std::thread::spawn(move || tell.send(nix::sys::statvfs::statvfs(&path).err()));
-    told.recv_timeout(DEAD_WITHIN) == Ok(Some(Errno::ENOTCONN))
+    mount::unmount_lazily(mountpoint).with_context(|| shown.to_string())
 }
 
 /// Says that requests are answered.

@@ -246,6 +246,54 @@ fn what_is_mounted_in_its_place_stays() {
     }
 }
 
+/// The number of a connection is free again when its mount has gone, and the next one gets it. (A server would notice the end.)
+#[test]
+fn what_is_mounted_in_its_place_stays_though_it_has_its_number() {
+    crate::skip_if_impossible!();
+    for asked in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("server");
+        std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
+        let options = ["--max-restarts", "1"];
+        let mut keeper = Keeper::start(&options, &[program.to_str().unwrap(), "1000"]);
+        let server = pid_of(&keeper.event("started", 1));
+        let mountpoint = keeper.mountpoint();
+        keeper.signal(Signal::SIGUSR1);
+        wait_for("the keeper to say so", || {
+            keeper.stderr().contains("held back").then_some(())
+        });
+        sigkill(server);
+        keeper.event("waiting", 1);
+        umount2(&mountpoint, MntFlags::empty()).unwrap();
+        let mut other = Keeper::start_on(&mountpoint, &["sleep", "1000"]);
+        let others = pid_of(&other.event("started", 1));
+        if asked {
+            keeper.signal(Signal::SIGTERM);
+        } else {
+            // It cannot be started again, and the keeper gives up.
+            fs::remove_file(&program).unwrap();
+            keeper.signal(Signal::SIGUSR2);
+        }
+        let ended = keeper.wait();
+        assert_eq!(ended, i32::from(!asked), "{}", keeper.stderr());
+        // What aborts the other's connection ends it.
+        assert!(
+            is_mounted(&mountpoint) && alive(others),
+            "{}",
+            keeper.stderr()
+        );
+        assert_eq!(
+            other.names().last().unwrap(),
+            "started",
+            "{:?}",
+            other.names()
+        );
+        other.signal(Signal::SIGTERM);
+        assert_eq!(other.wait(), 0, "{}", other.stderr());
+        assert_eq!(other.event("unmounted", 1)["how"], "clean");
+    }
+}
+
 #[test]
 fn what_is_mounted_over_it_stays() {
     crate::skip_if_impossible!();

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use tracing::{error, info, warn};
 
 use super::super::events::Event;
-use super::super::mount;
+use super::super::mount::Ours;
 use super::super::unmounter::{How, Outcome};
 use super::{describe, Dead, End, Phase, Supervisor, KILL_AGAIN};
 use crate::fusectl;
@@ -59,12 +59,18 @@ impl Supervisor {
         } else {
             How::Clean
         };
-        self.unmounter.start(how, self.connection);
+        match self.device.try_clone() {
+            Ok(device) => self.unmounter.start(how, self.connection, device),
+            Err(e) => error!(
+                "cannot unmount {}: {e}; still serving",
+                self.status.mountpoint
+            ),
+        }
         Ok(())
     }
 
     fn unmount_by_force(&mut self) -> Result<()> {
-        match mount::end_connection(&self.mountpoint, self.connection) {
+        match self.ours().end() {
             Ok(()) => self.unmounted("by force"),
             Err(_) if !self.still_mounted() => self.unmounted("from outside"),
             Err(e) => error!("cannot unmount {} by force: {e}", self.status.mountpoint),
@@ -160,13 +166,21 @@ impl Supervisor {
         ))
     }
 
+    pub(super) fn ours(&self) -> Ours<'_> {
+        Ours {
+            mountpoint: &self.mountpoint,
+            connection: self.connection,
+            device: &self.device,
+        }
+    }
+
     fn still_mounted(&self) -> bool {
-        mount::still_mounted(&self.mountpoint, self.connection)
+        self.ours().is_there()
     }
 
     pub(super) fn take_mount_away(&mut self) {
         if std::mem::replace(&mut self.mounted, false) && !self.borrowed {
-            match mount::end_connection(&self.mountpoint, self.connection) {
+            match self.ours().end() {
                 Ok(()) => self.log.write(Event::Unmounted {
                     how: "by force".into(),
                 }),

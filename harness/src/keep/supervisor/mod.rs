@@ -430,7 +430,7 @@ impl Supervisor {
 
     /// Nobody ever used the old mount: its first request was not answered. Who waits there gets an error.
     fn mount_afresh(&mut self, reason: &str) -> Result<()> {
-        mount::end_connection(&self.mountpoint, self.connection).with_context(|| {
+        self.ours().end().with_context(|| {
             format!(
                 "{reason}, and taking its mount {} away failed",
                 self.status.mountpoint

@@ -179,8 +179,8 @@ impl Server {
     }
 }
 
-/// What was made, or the error (a table is full, say) with which the caller is told of it. Then it is nothing that anybody can
-/// be answered again, and its slot, which would stay until the next recovery, goes.
+/// What was made, or the error (a table is full, say) with which the caller is told of it. Then its slot, which would stay until
+/// the next recovery, goes; a moment before the caller is told: who dies in between makes of it another error (`EEXIST`).
 fn kept<T>(made: Res<T>, slot: Option<Slot<'_>>) -> Kept<'_, T> {
     match made {
         Ok(made) => Ok((made, slot)),
