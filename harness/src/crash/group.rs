@@ -4,7 +4,7 @@
 use anyhow::{bail, Context, Result};
 
 use super::case::{self, difference, Observed, Run};
-use super::cells;
+use super::cells::{self, Expected};
 use super::dim::{Mode, DIMS};
 use super::generate::{self, Focus, FOCUSES, JOURNALLED, MANY, MIXED};
 use super::kept::Setup;
@@ -70,8 +70,10 @@ pub struct Judged {
     seen: Vec<Seen>,
     /// The deaths that came.
     pub died: Vec<Kill>,
-    /// See [`Run::beside`].
-    pub beside: Vec<String>,
+    /// What can be told of the deaths that came.
+    pub expected: Expected,
+    /// The case that it counts as: of the deaths that came, if it differs without the others.
+    pub counted: Case,
 }
 
 /// Which workload a group has.
@@ -258,17 +260,21 @@ impl<'a> Running<'a> {
             reason: String::new(),
             seen: Vec::new(),
             died: Vec::new(),
-            beside: Vec::new(),
+            expected: cells::expected(self.setup.mode, case, &[]),
+            counted: case.clone(),
         };
         match result {
             Ok(run) => {
-                let (verdict, reason) = verdict(self.setup.mode, &case.group, want, &run);
+                let mode = self.setup.mode;
+                let (verdict, reason) = verdict(mode, &case.group, want, &run);
+                let counted = counted(case, verdict, &run);
                 Judged {
                     verdict,
                     reason,
+                    expected: cells::expected(mode, &counted, &run.beside),
+                    counted,
                     seen: run.seen,
                     died: run.died,
-                    beside: run.beside,
                     ..none
                 }
             }
@@ -408,6 +414,18 @@ fn verdict(mode: Mode, group: &Group, want: &Observed, run: &Run) -> (Verdict, S
     }
 }
 
+/// What differs although not all deaths came says something of those that did.
+fn counted(case: &Case, verdict: Verdict, run: &Run) -> Case {
+    let some = run.unreached.is_some() && verdict == Verdict::Differs && !run.died.is_empty();
+    Case {
+        group: case.group.clone(),
+        kills: match some {
+            true => run.died.clone(),
+            false => case.kills.clone(),
+        },
+    }
+}
+
 fn judge(want: &Observed, run: &Run) -> (Verdict, String) {
     let problem = problem(run);
     if let Some(found) = difference(want, &run.observed) {
@@ -519,6 +537,18 @@ mod tests {
             let (got, reason) = verdict(mode, &group, &want, &run);
             assert_eq!(got, expected, "{mode:?} {died:?}: {reason}");
         }
+        // And it is counted where it died, and against the reason of that.
+        let case: Case = "t1-wt/twice/0/mkdir.start:1+mkdir.mkdirat:1"
+            .parse()
+            .unwrap();
+        let lost = run("EEXIST", &["mkdir.start"], true);
+        let (got, _) = verdict(off, &group, &want, &lost);
+        let at = counted(&case, got, &lost);
+        assert_eq!(at.kills, [Kill::new("mkdir.start", 1)]);
+        assert!(cells::expected(off, &at, &[]).surprise());
+        assert!(!cells::expected(off, &case, &[]).surprise());
+        let both = run("EEXIST", &["mkdir.start", "mkdir.mkdirat"], false);
+        assert_eq!(counted(&case, Differs, &both).kills, case.kills);
     }
 
     #[test]

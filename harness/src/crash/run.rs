@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use nix::mount::{mount, umount2, MntFlags, MsFlags};
 
-use super::cells;
 use super::dim::{Dim, Mode, DIMS};
 use super::explained::Explained;
 use super::group::{self, Judged, Running};
@@ -322,9 +321,9 @@ impl<'a> Matrix<'a> {
 
     /// Whether it differs although there is a reason why it cannot.
     fn count(&mut self, judged: &Judged) -> bool {
-        let expected = cells::expected(self.setup.mode, &judged.case, &judged.beside);
+        let expected = judged.expected;
         self.ledger
-            .add(&judged.case, &judged.died, judged.verdict, expected);
+            .add(&judged.counted, &judged.died, judged.verdict, expected);
         judged.verdict == Verdict::Differs && expected.surprise() && !self.setup.mode.whole()
     }
 

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
 
 use super::tally::Tally;
 use crate::earlier;
@@ -19,7 +19,18 @@ pub fn run(paths: &[PathBuf]) -> Result<ExitCode> {
         let one: Tally = earlier::read(path, "crash")?;
         let head = format!("{}, seed {}, {}", one.kernel, one.seed, one.mode);
         text += &format!("{}: {head}: {}\n", path.display(), totals(&one));
-        failed += one.failed() + one.failures.len() as u64;
+        let (path, first) = (path.display(), paths[0].display());
+        ensure!(
+            all.mode.is_empty() || all.mode == one.mode,
+            "{path} is of mode {:?}, {first} of {:?}: these do not add up",
+            one.mode,
+            all.mode
+        );
+        // Without the journal, or without the series, to differ is no failure.
+        if one.mode == "whole" {
+            failed += one.failed() + one.failures.len() as u64;
+        }
+        all.mode.clone_from(&one.mode);
         all.sum(&one);
         all.seconds += one.seconds;
     }
