@@ -21,6 +21,8 @@ mod fs;
 mod graveyard;
 mod handle;
 mod intent;
+#[cfg(test)]
+mod left_tests;
 mod make;
 #[cfg(test)]
 mod moved_tests;
